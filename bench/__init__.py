@@ -1,0 +1,1 @@
+"""Benchmarks: every block against what people would use instead of it, measured side by side in one run."""

@@ -1,0 +1,114 @@
+"""The command line of the benchmarks: `python -m bench`, also `mllm-fast bench`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import report
+from .measure import QUICK, Plan
+from .registry import UnknownWorkloadError, Workload, WrongResultError, find, run
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
+    """Run the command line; 0 is success, 1 a workload whose results are wrong, 2 a wrong argument."""
+    args = _parser(prog).parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=200)  # a file or a pipe has no width, and the table must not be cut
+    try:
+        if args.compare:
+            console.print(report.comparison(*(report.load(path) for path in args.compare)))
+            return 0
+        chosen = find(args.workload)
+    except (UnknownWorkloadError, report.ReportFileError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    if args.list:
+        console.print(_listing(chosen))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        errors.print("error: --device cuda needs a GPU, and torch sees none; use --device cpu", style="red")
+        return 2
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    plan = QUICK if args.quick else Plan()
+    if args.seconds is not None:
+        plan = dataclasses.replace(plan, seconds=args.seconds)
+
+    rows = _run(chosen, torch.device(args.device), plan, errors)
+    data = report.report(rows, plan)
+    console.print(report.table(rows))
+    console.print(report.summary(data))
+    if args.out is not None:
+        report.save(data, args.out)
+        written = [args.out]
+        if any(r["peers"] for r in rows):
+            written.append(args.out.with_suffix(".png"))
+            report.plot(data, written[-1])
+        console.print("wrote " + " and ".join(map(str, written)), soft_wrap=True)
+    return int(any("failed" in r for r in rows))
+
+
+def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: Console) -> list[report.Row]:
+    rows = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for workload in chosen:
+            progress.update(task, description=workload.name)
+            try:
+                rows.append(report.row(run(workload, device, plan)))
+            except WrongResultError as error:
+                rows.append(report.failed_row(workload, str(error)))
+            progress.advance(task)
+    return rows
+
+
+def _listing(chosen: Sequence[Workload]) -> Table:
+    table = Table("workload", "block", "model", "direction", "shape")
+    for w in chosen:
+        shape = ", ".join(f"{name} {size}" for name, size in w.shape.items())
+        table.add_row(w.name, w.block, w.model, w.direction, shape)
+    return table
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Measure the blocks against upstream, side by side.")
+    parser.add_argument("workload", nargs="*", help="part of a name, or a pattern with * and ?; default: all")
+    parser.add_argument("--list", action="store_true", help="list the workloads and stop")
+    parser.add_argument("--quick", action="store_true", help="a few samples each: shows that it runs, not how fast")
+    parser.add_argument("--seconds", type=_positive, help="at most this long per workload (default 30; quick 4)")
+    parser.add_argument("--threads", type=int, choices=range(1, 1025), metavar="N", help="CPU threads of torch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=_json, metavar="FILE.json", help="write the results, and a plot beside them")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two result files and stop"
+    )
+    return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text}")
+    return value
+
+
+def _json(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"expected a file name that ends in .json, got {text}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The definition of `attention` in PyTorch: a plan's segments run one after another, and their pieces merged.
+
+No tensor here has a size of queries x keys beyond the bounded blocks of `dense`: neither the mask nor the scores, and the two
+key sources are never concatenated. On a CPU each piece is one call of torch's flash kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from . import dense
+from .dense import Dropout, compute_dtype
+from .plan import Piece, Plan, Segment
+
+Source = tuple[Tensor, Tensor]  # k, v
+
+
+def run(
+    plan: Plan, q: Tensor, sources: tuple[Source, ...], scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """The output [B, Lq, H, D] in q's dtype, and the logsumexp [B, Lq, H] in fp32 (fp64 for fp64).
+
+    The logsumexp of rows that see nothing is undefined; it is None where no row sees anything.
+    """
+    dropout = Dropout.start(dropout_p, seed, q.device)
+    wide = compute_dtype(q.dtype)
+    sources = _widen_reread(plan, sources, wide)
+    if len(plan.segments) == 1 and plan.covers:
+        out, lse = _run_segment(plan.segments[0], q, sources, scale, wide, dropout)
+        return out.to(q.dtype), lse
+    # Rows of no segment see nothing.
+    total = q.new_empty(q.shape) if plan.covers else q.new_zeros(q.shape)
+    total_lse = q.new_empty(q.shape[:-1], dtype=wide) if plan.segments else None
+    for segment in plan.segments:
+        out, lse = _run_segment(segment, q, sources, scale, wide, dropout)
+        segment.rows.write(total, out)
+        if total_lse is not None:
+            segment.rows.write(total_lse, lse)
+    return total, total_lse
+
+
+def _run_segment(
+    segment: Segment, q: Tensor, sources: tuple[Source, ...], scale: float, wide: torch.dtype, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    rows = segment.rows.take(q).to(wide)
+    merged: tuple[Tensor, Tensor] | None = None
+    for piece in segment.pieces:
+        k, v = _read(piece, sources, wide)
+        part = dense.forward(rows, k, v, 0.0 if piece.uniform else scale, piece.causal, dropout)
+        merged = part if merged is None else dense.merge(*merged, *part)
+    assert merged is not None, "a segment has at least one piece"
+    return merged
+
+
+def _read(piece: Piece, sources: tuple[Source, ...], wide: torch.dtype) -> Source:
+    k, v = sources[piece.source]
+    v = piece.keys.take(v).to(wide)
+    # Scores that are a constant come of no key, which may then be anything, NaN included.
+    return (v if piece.uniform else piece.keys.take(k).to(wide)), v
+
+
+def _widen_reread(plan: Plan, sources: tuple[Source, ...], wide: torch.dtype) -> tuple[Source, ...]:
+    """Widen a source that is read more than once as a whole, once; any other is widened piece by piece."""
+    return tuple(
+        (k.to(wide), v.to(wide)) if again else (k, v) for (k, v), again in zip(sources, plan.rereads, strict=False)
+    )
+
+
+def gradients(
+    plan: Plan,
+    grad: Tensor,
+    q: Tensor,
+    sources: tuple[Source, ...],
+    out: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """dq, and (dk, dv) of each source one after another; each in the dtype of what it is the gradient of."""
+    dropout = Dropout.start(dropout_p, seed, q.device)
+    wide = compute_dtype(q.dtype)
+    dq = q.new_empty(q.shape) if plan.covers else q.new_zeros(q.shape)
+    totals = []
+    for number, (k, v) in enumerate(sources):
+        # Pieces that touch the same keys are summed in the compute dtype and rounded once.
+        dtype = k.dtype if plan.alone(number, k.shape[0], k.shape[1]) else wide
+        totals.append((k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)))
+    sources = _widen_reread(plan, sources, wide)
+    for segment in plan.segments:
+        assert lse is not None
+        rows, rows_grad, rows_out = (segment.rows.take(x).to(wide) for x in (q, grad, out))
+        rows_lse = segment.rows.take(lse)
+        rows_dq: Tensor | None = None
+        for piece in segment.pieces:
+            k, v = _read(piece, sources, wide)
+            piece_scale = 0.0 if piece.uniform else scale
+            part, dk, dv = dense.backward(
+                rows_grad, rows, k, v, rows_out, rows_lse, piece_scale, piece.causal, dropout
+            )
+            rows_dq = part if rows_dq is None else rows_dq + part
+            if not piece.uniform:
+                piece.keys.add(totals[piece.source][0], dk)
+            piece.keys.add(totals[piece.source][1], dv)
+        assert rows_dq is not None
+        segment.rows.write(dq, rows_dq)
+    return dq, [total.to(q.dtype) for pair in totals for total in pair]
+
+
+class Attention(torch.autograd.Function):
+    """Attention with a backward of its own. Saved: the inputs, the output, its logsumexp, and the dropout seed."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, plan: Plan, scale: float, dropout_p: float, seed: int, q: Tensor, *flat: Tensor
+    ) -> Tensor:
+        with _no_autocast(q):
+            out, lse = run(plan, q, _pairs(flat), scale, dropout_p, seed)
+        ctx.save_for_backward(q, *flat, out, lse)
+        ctx.settings = plan, scale, dropout_p, seed
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, *flat, out, lse = ctx.saved_tensors
+        plan, scale, dropout_p, seed = ctx.settings
+        with _no_autocast(q):
+            dq, rest = gradients(plan, grad, q, _pairs(flat), out, lse, scale, dropout_p, seed)
+        return None, None, None, None, dq, *rest

@@ -1,0 +1,146 @@
+"""norm_linear and linear_residual: the two GEMMs of every block, with what stands before and after them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import runtime
+from ..gated_residual.op import check_gate
+from ..norm.op import Norm, check_dropout, check_norm
+from . import reference
+from .activations import ACTIVATIONS, GATED_ACTIVATIONS
+
+runtime.register_op("norm_linear", "act(norm(x) W^T + b), gated activations included")
+runtime.register_op("linear_residual", "residual + tanh(gate) * (x W^T + b), or norm(residual + x W^T + b)")
+_NORM_LINEAR = {"torch": reference.norm_linear}
+_LINEAR_RESIDUAL = {"torch": reference.linear_residual}
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Raise ValueError unless `weight` [N, K] and `bias` [N] fit `x` [..., K]."""
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"{prefix}weight has shape {tuple(weight.shape)}, but x has shape {tuple(x.shape)}: expected [N, K] with K the last "
+            f"dimension of x (a packed or quantised weight does not fit; call its module instead)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias has shape {tuple(bias.shape)}, but {prefix}weight has shape {tuple(weight.shape)}: "
+            f"expected ({weight.shape[0]},)"
+        )
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    """act(norm(x) W^T + b), or with a gated activation act(norm(x) Wg^T + bg) * (norm(x) W^T + b).
+
+    The first half of a pre-norm feed-forward network (`FeedForward` of open_flamingo: LayerNorm, Linear, GELU), of a gated
+    one (`IdeficsMLP`, `LlamaMLP`: "swiglu" with gate_proj as `gate_weight` and up_proj as `weight`; Shazeer 2020, eq. 5 to
+    6), and a pre-norm query projection. The norm is computed once, also for a gated activation.
+
+    Args:
+        x: [..., K], floating point, any strides; any number of rows, 0 too.
+        weight: [N, K], as `torch.nn.Linear` keeps it, in the dtype of `x` (as for `F.linear`; under autocast any).
+        bias: [N] or None.
+        norm: applied to `x` first, with fp32 statistics; its parameters may have another dtype.
+        activation: None or a name in `ACTIVATIONS`: "gelu" (with erf), "gelu_tanh", "quick_gelu", "relu", "squared_relu",
+            "silu", or gated: "swiglu", "geglu".
+        gate_weight, gate_bias: [N, K] and [N], for a gated activation only.
+
+    Returns:
+        [..., N], in the dtype that `F.linear` gives.
+
+    Saved for backward: `x` with mean and rstd, norm(x), the weights, and what stands before the activation.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, a gated activation without `gate_weight`, or a
+            `gate_weight` or `gate_bias` that no activation uses.
+    """
+    check_linear(x, weight, bias)
+    if norm is not None:
+        check_norm(x, norm.weight, norm.bias)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected None or one of {', '.join(map(repr, ACTIVATIONS))}")
+    if activation in GATED_ACTIVATIONS:
+        if gate_weight is None:
+            raise ValueError(
+                f"activation {activation!r} needs gate_weight with the shape of weight, {tuple(weight.shape)}, but got None"
+            )
+        if gate_weight.shape != weight.shape:
+            raise ValueError(
+                f"gate_weight has shape {tuple(gate_weight.shape)}, but weight has shape {tuple(weight.shape)}; "
+                f"the two must be equal"
+            )
+        check_linear(x, gate_weight, gate_bias, "gate_")
+    elif gate_weight is not None or gate_bias is not None:
+        raise ValueError(
+            f"gate_weight and gate_bias belong to a gated activation ({', '.join(sorted(GATED_ACTIVATIONS))}), "
+            f"but activation is {activation!r}"
+        )
+    implementation = _NORM_LINEAR[runtime.choose("norm_linear", x)]
+    return implementation(x, weight, bias, norm, activation, gate_weight, gate_bias)
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    norm: Norm | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """residual + tanh(gate) * row_mask * dropout(x W^T + b), or norm(residual + dropout(x W^T + b)).
+
+    The second half of a block. Without `norm`: the output projections of Flamingo's gated block (Alayrac et al. 2022, figure 4;
+    `GatedCrossAttentionBlock` of open_flamingo, `IdeficsGatedCrossAttentionLayer`, with `gate`) and of every other pre-norm block
+    (without). With `norm`: the post-norm edge of a BERT block (`BertSelfOutput`, `BertOutput`, and the Q-Former's).
+
+    Args:
+        x: [..., K], floating point, any strides; any number of rows, 0 too.
+        weight: [N, K], as `torch.nn.Linear` keeps it, in the dtype of `x` (as for `F.linear`; under autocast any).
+        bias: [N] or None.
+        residual: [..., N] with the leading dimensions of `x`; any strides, its dtype may differ.
+        gate: before the tanh, one element or N of them, as in `gated_residual`; None adds the branch as it is.
+        row_mask: bool [...], the leading shape of `x`; False rows return `residual` exactly. None means all True.
+        norm: applied to the sum; excludes `gate` and `row_mask`.
+        dropout_p: probability with which elements of x W^T + b are zeroed, in [0, 1]; pass 0 in evaluation.
+        seed: the dropout pattern is a function of the seed and the backend; None draws from torch's default generator.
+
+    Returns:
+        [..., N] in the promoted dtype of `residual` and of what `F.linear` gives; rounded as `gated_residual` and
+        `layer_norm` round.
+
+    Saved for backward: `x`, `weight`, the dropout mask; with `gate`, the branch, `gate` and `row_mask`; with `norm`, its
+    input, mean and rstd.
+
+    Raises:
+        ValueError: shapes that do not fit, `gate` or `row_mask` together with `norm`, or a dropout_p outside [0, 1].
+    """
+    check_linear(x, weight, bias)
+    expected = (*x.shape[:-1], weight.shape[0])
+    if residual.shape != expected:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, but x with shape {tuple(x.shape)} and weight with shape "
+            f"{tuple(weight.shape)} give {expected}; the two must be equal (expand a residual that is shared)"
+        )
+    if norm is None:
+        check_gate(residual, gate, row_mask)
+    elif gate is not None or row_mask is not None:
+        raise ValueError("norm (post-norm) excludes gate and row_mask; pass norm alone, or gate and row_mask without it")
+    else:
+        check_norm(residual, norm.weight, norm.bias)
+    check_dropout(dropout_p)
+    implementation = _LINEAR_RESIDUAL[runtime.choose("linear_residual", x)]
+    return implementation(x, weight, bias, residual, gate, row_mask, norm, dropout_p, seed)

@@ -1,0 +1,148 @@
+"""The norm ops: layer_norm, rms_norm, and `Norm`, the description of either that other ops take as an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .. import runtime
+from . import reference
+
+runtime.register_op("layer_norm", "layer norm of residual + dropout(x), fp32 statistics")
+runtime.register_op("rms_norm", "RMS norm of residual + dropout(x), fp32 statistics")
+_LAYER_NORM = {"torch": reference.layer_norm}
+_RMS_NORM = {"torch": reference.rms_norm}
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A normalisation over the last dimension, for the ops that apply one before or after a GEMM.
+
+    Attributes:
+        kind: "layer_norm" or "rms_norm".
+        weight: scale [D], or None for an affine-free norm.
+        bias: shift [D], or None. RMS norm has none.
+        eps: added to the variance (layer norm) or to the mean square (RMS norm).
+
+    Raises:
+        ValueError: for an unknown `kind`, or an RMS norm with a bias.
+    """
+
+    kind: Literal["layer_norm", "rms_norm"]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"unknown norm kind {self.kind!r}; expected 'layer_norm' or 'rms_norm'")
+        if self.kind == "rms_norm" and self.bias is not None:
+            raise ValueError("an RMS norm has no bias, but one was given; pass bias=None or kind='layer_norm'")
+
+
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ValueError unless the affine parameters are vectors as long as the last dimension of `x`."""
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise ValueError(
+                f"the norm {name} has shape {tuple(parameter.shape)}, but x has shape {tuple(x.shape)}: "
+                f"expected ({x.shape[-1] if x.dim() else '?'},), one value for each element of the last dimension"
+            )
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise ValueError unless `dropout_p` is a probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], but is {dropout_p}")
+
+
+def check_same_shape(name: str, tensor: Tensor, other_name: str, other: tuple[int, ...]) -> None:
+    """Raise ValueError unless `tensor` has the shape `other`."""
+    if tensor.shape != other:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but {other_name} has shape {tuple(other)}; the two must be equal "
+            f"(expand {name} if it is to be shared)"
+        )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Layer norm of residual + dropout(x) over the last dimension (Ba et al. 2016, eq. 4).
+
+    With `residual` this is the post-norm edge of a BERT block (`BertOutput` and `BertSelfOutput` after their dense
+    layer); without, `torch.nn.LayerNorm`.
+
+    Args:
+        x: [..., D], floating point, any strides.
+        weight, bias: [D] or None. Their dtype may differ from that of `x` (fp32 norms in a bf16 model).
+        eps: added to the variance.
+        residual: shape of `x`, or None. Added after the dropout; its dtype may differ (torch's promotion applies).
+        dropout_p: probability with which elements of `x` are zeroed, in [0, 1]. 0 means no dropout: pass 0 in evaluation.
+        seed: the dropout pattern is a function of the seed and the backend; None draws from torch's default generator.
+
+    Returns:
+        [..., D], contiguous, in the promoted dtype of `x` and `residual` (never that of the parameters). Mean and variance are
+        accumulated in fp32 (fp64 for fp64 inputs). Under autocast the dtype is what `F.layer_norm` gives there.
+
+    Saved for backward: the normalised sum's input, mean and rstd (fp32), and the dropout mask.
+
+    Raises:
+        ValueError: parameters that are not [D], a residual of another shape, or a dropout_p outside [0, 1].
+    """
+    check_norm(x, weight, bias)
+    check_dropout(dropout_p)
+    if residual is not None:
+        check_same_shape("residual", residual, "x", x.shape)
+    return _LAYER_NORM[runtime.choose("layer_norm", x)](x, weight, bias, eps, residual, dropout_p, seed)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """RMS norm of residual + dropout(x) over the last dimension (Zhang and Sennrich 2019, eq. 4).
+
+    `LlamaRMSNorm` and `IdeficsRMSNorm` of transformers, except that a 16-bit result is rounded once, after the multiplication
+    with `weight`, where those round before it as well, and that it keeps the dtype of `x` beside an fp32 `weight`.
+
+    Args:
+        x: [..., D], floating point, any strides.
+        weight: [D] or None, in any floating-point dtype.
+        eps: added to the mean square.
+        residual, dropout_p, seed: as in `layer_norm`.
+
+    Returns:
+        [..., D] in the promoted dtype of `x` and `residual`. The mean square is accumulated in fp32 (fp64 for fp64 inputs).
+
+    Saved for backward: the sum and its rsqrt(mean square) in fp32, `weight`, and the dropout mask.
+
+    Raises:
+        ValueError: a weight that is not [D], a residual of another shape, or a dropout_p outside [0, 1].
+    """
+    check_norm(x, weight, None)
+    check_dropout(dropout_p)
+    if residual is not None:
+        check_same_shape("residual", residual, "x", x.shape)
+    return _RMS_NORM[runtime.choose("rms_norm", x)](x, weight, eps, residual, dropout_p, seed)
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """Apply `norm` to `x` [..., D]: `layer_norm` or `rms_norm`, whichever it describes."""
+    if norm.kind == "layer_norm":
+        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return rms_norm(x, norm.weight, norm.eps)

@@ -1,0 +1,207 @@
+"""The `mllm-fast` command: one subcommand a function, listed in `COMMANDS`.
+
+Errors are one line on stderr and exit status 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+
+LIBRARIES = ("torch", "triton", "transformers", "bitsandbytes", "xformers", "peft")
+DEMO_MODULES = ("matplotlib", "skimage", "sklearn")
+
+
+class CommandError(Exception):
+    """A request that cannot be carried out, in one sentence for the person who typed it."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that kernels could run on. `memory_gib` is the whole memory of a GPU and None for a CPU."""
+
+    name: str
+    kind: str
+    detail: str
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class OpStatus:
+    """Which implementation of an op runs on this machine, and the reason."""
+
+    name: str
+    summary: str
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `mllm-fast info` prints. `versions` maps a library to its version, None where it is not installed."""
+
+    devices: tuple[Device, ...]
+    versions: dict[str, str | None]
+    triton: str
+    ops: tuple[OpStatus, ...]
+
+
+def collect_info() -> Info:
+    """Look at this machine: devices, installed versions, and for each op what would run it under `backend("auto")`."""
+    import torch
+
+    from . import ops  # noqa: F401  # importing an op declares it to the runtime
+    from .kernels import runtime
+
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    devices = [Device("cpu", "cpu", cpu)]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        target = f"sm_{properties.major}{properties.minor}" if torch.version.cuda else properties.gcnArchName
+        memory = round(properties.total_memory / 2**30, 1)
+        devices.append(Device(f"cuda:{index}", "cuda", f"{properties.name}, {target}", memory))
+    statuses = tuple(OpStatus(op.name, op.summary, *runtime.explain(op.name, devices[-1].kind)) for op in runtime.ops())
+    versions = {"python": platform.python_version(), "mllm-fast": __version__, **{n: _version(n) for n in LIBRARIES}}
+    unavailable = runtime.triton_unavailable_reason()
+    return Info(tuple(devices), versions, "can run" if unavailable is None else f"cannot run: {unavailable}", statuses)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _info(args: argparse.Namespace) -> int:
+    info = collect_info()
+    if args.json:
+        print(json.dumps(asdict(info), indent=2))  # noqa: T201
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    devices = Table("device", "what", "memory", title="Devices", title_justify="left")
+    for device in info.devices:
+        memory = "" if device.memory_gib is None else f"{device.memory_gib} GiB"
+        devices.add_row(device.name, device.detail, memory)
+    versions = Table("library", "version", title="Versions", title_justify="left")
+    for library, version in info.versions.items():
+        versions.add_row(library, version or "not installed")
+    ops = Table("op", "runs", "because", "what it computes", title="Ops", title_justify="left")
+    for op in info.ops:
+        ops.add_row(op.name, op.implementation, op.reason, op.summary)
+    console.print(devices, versions, ops, sep="\n")
+    console.print(f"Triton kernels {info.triton}", markup=False, highlight=False)
+    return 0
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to write to (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps, to see that it runs")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if lacks := [name for name in DEMO_MODULES if importlib.util.find_spec(name) is None]:
+        raise CommandError(f"the demo needs {', '.join(lacks)}: pip install 'mllm-fast[demo]'")
+    from .demo import run
+
+    return run(args.out, quick=args.quick)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model that mllm-fast wrote (file or folder)")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, one caption each")
+    parser.add_argument("--prompt", help="text the caption continues")
+    parser.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="(%(default)s)")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    for path in (args.model, *args.images):
+        if not path.exists():
+            raise CommandError(f"{path} does not exist")
+    from .models.flamingo import generate_captions
+
+    captions = generate_captions(args.model, args.images, prompt=args.prompt, max_new_tokens=args.max_new_tokens)
+    for image, caption in zip(args.images, captions, strict=True):
+        print(f"{image}: {caption}")  # noqa: T201
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name, one line of help, what declares its arguments, and what runs it (returns the status)."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = (
+    Command("info", "devices, versions, and which implementation runs each op here", _info_arguments, _info),
+    Command("demo", "every supported system on real photographs, then a real fine-tuning run", _demo_arguments, _demo),
+    Command("generate", "caption images with a model that was trained here", _generate_arguments, _generate),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command, with one subparser for each of `COMMANDS`."""
+    parser = _Parser(prog="mllm-fast", description="Fused kernels and drop-in modules for multimodal language models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (the process's own by default) and return its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        message = " ".join(str(error).split()) or "failed without a message"
+        # The type says nothing new where the message was written for this command.
+        kind = "" if isinstance(error, CommandError) else f"{type(error).__name__}: "
+        print(f"mllm-fast: error: {kind}{message}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Which classes of which libraries become which drop-in.
+
+A family file is the only place that names a class of another project. It translates: the upstream class to a spec, its
+parameter names to roles, its call signature and quirks. Family files import their upstream library, so they are loaded
+only once a model that needs them exists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..modules.state import FusedState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One upstream class that can be fused.
+
+    Attributes:
+        upstream: module and name of the class.
+        family: file in `mllm_fast.families` that holds the drop-in.
+        dropin: name of the drop-in class there, a subclass of the upstream class with a classmethod
+            `fused_state(module, options, context) -> FusedState` that raises `CannotFuseError` where it cannot serve.
+        ops: the public ops its forward runs.
+        min_level: the fuse level from which the class is swapped.
+    """
+
+    upstream: str
+    family: str
+    dropin: str
+    ops: tuple[str, ...]
+    min_level: int = 0
+
+    def load(self) -> type[nn.Module]:
+        return getattr(importlib.import_module(f"mllm_fast.families.{self.family}"), self.dropin)
+
+
+class CannotFuseError(Exception):
+    """A module of a known class that is configured in a way no drop-in serves; the message is the report's reason."""
+
+
+_BLOCK_OPS = ("norm_linear", "attention", "linear_residual")
+_RESAMPLER_OPS = ("stacked_linear", "attention", "linear_residual", "norm_linear")
+
+_ENTRIES = (
+    Entry("open_flamingo.src.helpers.GatedCrossAttentionBlock", "open_flamingo", "FusedGatedCrossAttentionBlock", _BLOCK_OPS),
+    Entry("open_flamingo.src.helpers.PerceiverResampler", "open_flamingo", "FusedPerceiverResampler", _RESAMPLER_OPS),
+    Entry("open_flamingo.src.flamingo.Flamingo", "open_flamingo", "FusedFlamingo", (), 1),
+    Entry("open_flamingo.src.flamingo_lm.FlamingoLMMixin", "open_flamingo", "FusedFlamingoLMMixin", (), 1),
+    Entry(
+        "flamingo_pytorch.flamingo_pytorch.GatedCrossAttentionBlock",
+        "flamingo_pytorch",
+        "FusedGatedCrossAttentionBlock",
+        _BLOCK_OPS,
+    ),
+    Entry(
+        "flamingo_pytorch.flamingo_pytorch.PerceiverResampler",
+        "flamingo_pytorch",
+        "FusedPerceiverResampler",
+        _RESAMPLER_OPS,
+    ),
+    Entry(
+        "transformers.models.idefics.modeling_idefics.IdeficsGatedCrossAttentionLayer",
+        "idefics",
+        "FusedIdeficsGatedCrossAttentionLayer",
+        _BLOCK_OPS,
+    ),
+    Entry(
+        "transformers.models.idefics.perceiver.IdeficsPerceiverResampler",
+        "idefics",
+        "FusedIdeficsPerceiverResampler",
+        _RESAMPLER_OPS,
+    ),
+    Entry("transformers.models.idefics.modeling_idefics.IdeficsModel", "idefics", "FusedIdeficsModel", ()),
+    Entry(
+        "transformers.models.idefics.modeling_idefics.IdeficsForVisionText2Text",
+        "idefics",
+        "FusedIdeficsForVisionText2Text",
+        (),
+        1,
+    ),
+)
+REGISTRY = {entry.upstream: entry for entry in _ENTRIES}
+
+FIXES = {
+    "index_beyond_images": "a token past the last image sees nothing instead of the mean of all images",
+    "future_images": "where tokens see all previous images, those before the first image see nothing",
+    "generated_image_tokens": "image tokens fed during generation are counted per row instead of resetting every row",
+    "missing_media_locations": "a block without media_locations lets every token see every image",
+    "num_return_sequences": "several returned sequences per sample share the sample's images",
+    "masked_row_gradients": "eager fp16 gradients of rows that see no image are 0 instead of NaN",
+}
+
+
+def find(module: nn.Module) -> Entry | None:
+    """The entry that serves this module, or None: by exact class, or by the nearest known base class."""
+    return next((REGISTRY[name] for cls in type(module).__mro__ if (name := class_path(cls)) in REGISTRY), None)
+
+
+def class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def dropin_class(module: nn.Module, dropin: type[nn.Module], upstream_path: str) -> type[nn.Module]:
+    """The class to give to `module`: the drop-in itself, or a mix with the module's own subclass of the upstream class.
+
+    A subclass made at run time (FSDP2's, OpenFlamingo's extended language models) keeps what it adds.
+
+    Raises:
+        CannotFuseError: the subclass has a forward of its own, which a drop-in would silently replace.
+    """
+    own = type(module)
+    upstream = next(cls for cls in own.__mro__ if class_path(cls) == upstream_path)
+    if own is upstream:
+        return dropin
+    # transformers wraps the forward of every subclass of a checkpointing layer; below the wrapper it is the same one.
+    if inspect.unwrap(own.forward) is not inspect.unwrap(upstream.forward):
+        raise CannotFuseError(f"{own.__qualname__} overrides the forward of {upstream.__qualname__}")
+    mixed = type(own.__name__, (dropin, own), {"__module__": dropin.__module__})
+    mixed.__qualname__ = f"Fused{own.__qualname__}"
+    return mixed
+
+
+def named_like_upstream(dropin: type[T]) -> type[T]:
+    """Class decorator: let `__name__` stay the upstream one.
+
+    Saved configs (`architectures`), device maps (`_no_split_modules`) and FSDP policies go by `__name__`; pickle goes by
+    `__qualname__`, which keeps naming the drop-in.
+    """
+    dropin.__name__ = dropin.__mro__[1].__name__
+    return dropin
+
+
+def state_of(module: nn.Module) -> FusedState | None:
+    """The private state of a module that `fuse` has swapped, or None."""
+    state: Any = module.__dict__.get("_mllm_fast")
+    return state if isinstance(state, FusedState) and state.original_class is not type(module) else None

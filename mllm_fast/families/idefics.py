@@ -1,0 +1,278 @@
+"""HF Idefics (transformers.models.idefics): resampler, gated layers, and the model around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.idefics.modeling_idefics import (
+    IdeficsForVisionText2Text,
+    IdeficsGatedCrossAttentionLayer,
+    IdeficsModel,
+)
+from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+
+from .. import ops
+from ..kernels.attention import MediaSubsets
+from ..modules import children
+from ..modules.gated_cross_attention import GatedCrossAttentionSpec, Names, gated_attention, gated_ffn
+from ..modules.media_context import MediaContext
+from ..modules.perceiver_resampler import LayerNames, PerceiverResamplerSpec, resample
+from ..modules.state import FusedState, Options
+from . import CannotFuseError, named_like_upstream, state_of
+
+# The keyword by which a fused IdeficsModel hands its layers the [batch, length, images] mask it was given.
+MEDIA_MASK = "mllm_fast_media_mask"
+# Inputs of `generate` that hold one row per sample and need no copies for beams.
+IMAGE_INPUTS = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings", "image_hidden_states")
+
+
+@named_like_upstream
+class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
+    """Drop-in for `IdeficsGatedCrossAttentionLayer`."""
+
+    _mllm_fast: FusedState
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        attention = module.cross_attn
+        if type(module.mlp.act_fn) is not nn.SiLU and type(module.mlp.act_fn).__name__ != "SiLUActivation":
+            raise CannotFuseError(f"its feed-forward activation is {type(module.mlp.act_fn).__name__}, not SiLU")
+        spec = GatedCrossAttentionSpec(
+            heads=attention.num_heads,
+            head_dim=attention.head_dim,
+            kv_heads=attention.num_heads,
+            activation="swiglu",
+            scale=attention.scaling,
+            names=Names(
+                norm="input_layernorm",
+                q="cross_attn.q_proj",
+                k="cross_attn.k_proj",
+                v="cross_attn.v_proj",
+                q_norm="cross_attn.q_layer_norm" if attention.qk_layer_norms else None,
+                k_norm="cross_attn.k_layer_norm" if attention.qk_layer_norms else None,
+                out="cross_attn.o_proj",
+                attn_gate="alpha_cross_attn",
+                ffn_norm="post_attention_layernorm",
+                ffn_up="mlp.up_proj",
+                ffn_act_gate="mlp.gate_proj",
+                ffn_down="mlp.down_proj",
+                ffn_gate="alpha_dense",
+            ),
+        )
+        return FusedState(type(module), options, spec, context)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_hidden_states: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        cross_attention_gate: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As upstream: hidden_states [B, S, D], image_hidden_states [B_media, images * tokens, D_image].
+
+        Inside a fused `IdeficsModel` the layer is told which images each token sees. Called by itself it knows only the
+        dense mask of the caller, so upstream's attention runs and the rest is fused around it.
+        """
+        media_mask = kwargs.pop(MEDIA_MASK, None)
+        bypassed = (self.act_cross_attn, self.act_dense, self.mlp, self.mlp.act_fn)
+        if image_hidden_states is None or cross_attention_gate is None or past_key_values is not None:
+            bypassed = None  # upstream says what is missing
+        if bypassed is None or any(children.hooked(child) for child in bypassed):
+            if media_mask is not None and image_hidden_states is not None:
+                image_attention_mask = _dense_mask(media_mask, image_hidden_states)
+                image_hidden_states = _one_row_each(image_hidden_states, hidden_states.shape[0])
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                image_hidden_states,
+                image_attention_mask=image_attention_mask,
+                cross_attention_gate=cross_attention_gate,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        state, spec = self._mllm_fast, self._mllm_fast.spec
+        # Upstream stores config.dropout, a float, under the name `config`.
+        dropout_p = self.config if self.training else 0.0
+        if media_mask is None or children.hooked(self.cross_attn):
+            if media_mask is not None:
+                image_attention_mask = _dense_mask(media_mask, image_hidden_states)
+            hidden_states = self._attend_upstream(
+                hidden_states, image_hidden_states, image_attention_mask, cross_attention_gate, dropout_p, kwargs
+            )
+        else:
+            media, visibility = _visible(state.shared, image_hidden_states, media_mask)
+            hidden_states = gated_attention(
+                self,
+                spec,
+                state,
+                hidden_states,
+                media,
+                visibility,
+                row_mask=cross_attention_gate != 0,
+                attention_dropout=self.cross_attn.dropout if self.training else 0.0,
+                dropout_p=dropout_p,
+            )
+        return gated_ffn(self, spec, hidden_states, dropout_p)
+
+    def _attend_upstream(
+        self,
+        hidden_states: Tensor,
+        image_hidden_states: Tensor,
+        mask: Tensor | None,
+        gate: Tensor,
+        dropout_p: float,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        seen = gate != 0
+        if mask is not None and self._mllm_fast.fixes("masked_row_gradients"):
+            # Rows that see nothing are zeroed below; unmasked, their softmax cannot overflow to NaN in fp16.
+            mask = mask.masked_fill(~seen[:, None, :, None], 0.0)
+        attended, _ = self.cross_attn(
+            hidden_states=children.normalize(hidden_states, self.input_layernorm),
+            key_value_states=_one_row_each(image_hidden_states, hidden_states.shape[0]),
+            attention_mask=mask,
+            **kwargs,
+        )
+        attended = nn.functional.dropout(attended, dropout_p, dropout_p > 0)
+        return ops.gated_residual(hidden_states, attended, self.alpha_cross_attn, seen)
+
+
+def _visible(context: MediaContext, image_hidden_states: Tensor, media_mask: Tensor) -> tuple[Tensor, MediaSubsets]:
+    """The media as [B_media, images, tokens, D], and who sees which image."""
+    images, length = media_mask.shape[-1], image_hidden_states.shape[1]
+    if images == 0 or length % images:
+        raise ValueError(
+            f"image_attention_mask names {images} images but there are {length} image tokens, which is no multiple of "
+            "it: give the mask one column per image"
+        )
+    tokens = length // images
+    visibility = context.visibility(
+        media_mask, ("idefics", tokens), lambda: MediaSubsets.from_mask(media_mask, tokens)
+    )
+    return image_hidden_states.unflatten(1, (images, tokens)), visibility
+
+
+def _dense_mask(media_mask: Tensor, image_hidden_states: Tensor) -> Tensor:
+    """The additive [B, 1, S, images * tokens] mask of upstream, for the paths that run upstream's attention."""
+    tokens = image_hidden_states.shape[1] // media_mask.shape[-1]
+    hidden = ~media_mask.repeat_interleave(tokens, dim=-1)[:, None]
+    dense = torch.zeros(hidden.shape, dtype=image_hidden_states.dtype, device=hidden.device)
+    return dense.masked_fill(hidden, torch.finfo(dense.dtype).min)
+
+
+def _one_row_each(media: Tensor, rows: int) -> Tensor:
+    return media if media.shape[0] == rows else media.repeat_interleave(rows // media.shape[0], dim=0)
+
+
+@named_like_upstream
+class FusedIdeficsPerceiverResampler(IdeficsPerceiverResampler):
+    """Drop-in for `IdeficsPerceiverResampler`."""
+
+    _mllm_fast: FusedState
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        if len(module.blocks) == 0:
+            raise CannotFuseError("a resampler without layers is only its norm")
+        if any(type(mlp.act) is not nn.ReLU for _, mlp in module.blocks):
+            raise CannotFuseError("its feed-forward activation is not ReLU")
+        qk_norm = module.qk_layer_norms
+        layers = tuple(
+            LayerNames(
+                norm_media=f"blocks.{i}.0.context_layer_norm",
+                norm_latents=f"blocks.{i}.0.latents_layer_norm",
+                q=f"blocks.{i}.0.q_proj",
+                k=f"blocks.{i}.0.k_proj",
+                v=f"blocks.{i}.0.v_proj",
+                q_norm=f"blocks.{i}.0.q_layer_norm" if qk_norm else None,
+                k_norm=f"blocks.{i}.0.k_layer_norm" if qk_norm else None,
+                out=f"blocks.{i}.0.output_proj",
+                ffn_norm=f"blocks.{i}.1.ln",
+                ffn_up=f"blocks.{i}.1.fc",
+                ffn_down=f"blocks.{i}.1.c_proj",
+            )
+            for i in range(len(module.blocks))
+        )
+        spec = PerceiverResamplerSpec(
+            module.n_heads, module.head_dim, module.n_heads, "relu", "latents", layers, "layer_norm"
+        )
+        return FusedState(type(module), options, spec, context)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """As upstream: context [N, tokens, D] -> [N, latents, D]."""
+        bypassed = [child for pair in self.blocks for child in (pair, *pair, pair[1].act)]
+        if any(children.hooked(child) for child in bypassed):
+            return super().forward(context)
+        state = self._mllm_fast
+        return resample(self, state.spec, state, context)
+
+
+@named_like_upstream
+class FusedIdeficsModel(IdeficsModel):
+    """Drop-in for `IdeficsModel`: hands the layers the small image mask, so that the dense one is never built."""
+
+    _mllm_fast: FusedState
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        return FusedState(type(module), options, None, context)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; text rows may be a multiple of the image rows (beams share their sample's images)."""
+        mask = kwargs.get("image_attention_mask")
+        if mask is None or args or not all(state_of(layer) for layer in self.gated_cross_attn_layers):
+            return super().forward(*args, **kwargs)
+        if self._reproduces_eager_fp16():
+            return super().forward(**kwargs)
+        text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if kwargs.get("attention_mask") is None and text is not None:
+            past = kwargs.get("past_key_values")
+            length = text.shape[1] + (past.get_seq_length() if past is not None else 0)
+            # Upstream would make this mask with one row per image row.
+            kwargs["attention_mask"] = torch.ones((text.shape[0], length), dtype=torch.bool, device=text.device)
+        mask = mask.bool()
+        # Upstream spreads the mask it gets over all image tokens. One column, "sees any image", is all it needs for the
+        # gate of the rows that see none.
+        kwargs["image_attention_mask"] = mask.any(dim=-1, keepdim=True)
+        return super().forward(**kwargs, **{MEDIA_MASK: mask})
+
+    def _reproduces_eager_fp16(self) -> bool:
+        """Eager fp16 attention has NaN gradients in rows that see no image; without the fix they stay NaN."""
+        return (
+            self.config._attn_implementation == "eager"
+            and self.dtype == torch.float16
+            and torch.is_grad_enabled()
+            and not self._mllm_fast.fixes("masked_row_gradients")
+        )
+
+
+@named_like_upstream
+class FusedIdeficsForVisionText2Text(IdeficsForVisionText2Text):
+    """Drop-in for `IdeficsForVisionText2Text`: beams and returned sequences share one copy of their sample's images."""
+
+    _mllm_fast: FusedState
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        return FusedState(type(module), options, None, context)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._mllm_fast.shared.clear()
+
+    @staticmethod
+    def _expand_inputs_for_generation(
+        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
+        input_ids, model_kwargs = IdeficsForVisionText2Text._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}

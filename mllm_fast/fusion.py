@@ -1,0 +1,213 @@
+"""Put the drop-ins into a model that exists: `fuse`, `unfuse`, and the report of what was done.
+
+`fuse` gives each recognised module a subclass of its own class whose forward runs our block. Parameters, buffers,
+names, hooks, devices and wrappers stay what they are, because the modules stay what they are.
+"""
+
+from __future__ import annotations
+
+import io
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .families import FIXES, REGISTRY, CannotFuseError, Entry, class_path, dropin_class, find, state_of
+from .kernels import runtime
+from .modules.children import hooked, readable_linear
+from .modules.media_context import MediaContext
+from .modules.state import FusedState, Options
+
+LEVELS = (0, 1, 2)
+
+
+class NothingToFuseError(ValueError):
+    """`fuse` met no module that it knows."""
+
+
+@dataclass(frozen=True)
+class FusedRow:
+    """One module that runs a drop-in: where it is, its class before and after, and the implementation of each op."""
+
+    path: str
+    was: str
+    now: str
+    kernels: str
+
+
+@dataclass(frozen=True)
+class LeftAloneRow:
+    """One module that was recognised and not swapped, or that is called instead of read, and why."""
+
+    path: str
+    was: str
+    reason: str
+
+
+@dataclass
+class FuseReport:
+    """What `fuse` did. `print(report)` shows it as a table.
+
+    Attributes:
+        fused: the modules that now run a drop-in.
+        left_alone: those that do not, each with the reason.
+        options: level and fixes in force.
+    """
+
+    options: Options
+    fused: list[FusedRow] = field(default_factory=list)
+    left_alone: list[LeftAloneRow] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(file=io.StringIO(), width=140)
+        fixes = ", ".join(sorted(self.options.fixes)) or "none"
+        table = Table(title=f"fused {len(self.fused)} modules (level {self.options.level}, fixes: {fixes})")
+        for column in ("path", "was", "now", "kernels"):
+            table.add_column(column, overflow="fold")
+        for row in self.fused:
+            table.add_row(row.path, row.was, row.now, row.kernels)
+        console.print(table)
+        if self.left_alone:
+            table = Table(title="left alone")
+            for column in ("path", "class", "reason"):
+                table.add_column(column, overflow="fold")
+            for left in self.left_alone:
+                table.add_row(left.path, left.was, left.reason)
+            console.print(table)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+
+def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = ()) -> FuseReport:
+    """Let every module that mllm_fast knows run its drop-in, in place.
+
+    Args:
+        model: a model of a supported family, or a bare block or resampler of one, on any device and in any dtype, with
+            PEFT, bitsandbytes, accelerate or hooks around its parts: a wrapped child is called and fused around.
+        level: 0 uses the fused ops only; 1 also computes once what upstream repeats (exact up to rounding order); 2
+            also folds weights where that changes rounding in half precision.
+        fixes: names of upstream bugs to mend, one name, several, or "all"; by default they are reproduced. See
+            `mllm_fast.families.FIXES`.
+
+    Returns:
+        A report of what was swapped and what was left alone. A model that is fused already is left as it is.
+
+    Raises:
+        NothingToFuseError: the model holds no module of a known class that could be fused.
+        ValueError: an unknown level or fix.
+    """
+    options = Options(_check_level(level), _check_fixes(fixes))
+    report = FuseReport(options)
+    context = _existing_context(model) or MediaContext()
+    for module, paths in _modules(model):
+        if state_of(module) is not None:
+            report.left_alone.append(LeftAloneRow(paths, _name(state_of(module).original_class), "already fused"))
+            continue
+        if isinstance(module.__dict__.get("_mllm_fast"), FusedState):
+            report.left_alone.append(LeftAloneRow(paths, _name(type(module)), "a module of mllm_fast itself"))
+            continue
+        entry = find(module)
+        if entry is None:
+            continue
+        was = _name(type(module))
+        if level < entry.min_level:
+            report.left_alone.append(LeftAloneRow(paths, was, f"swapped from level {entry.min_level} on"))
+            continue
+        try:
+            _swap(module, entry, options, context)
+        except CannotFuseError as reason:
+            report.left_alone.append(LeftAloneRow(paths, was, str(reason)))
+            continue
+        report.fused.append(FusedRow(paths, was, type(module).__qualname__, _kernels(module, entry)))
+        report.left_alone += _called_children(module, paths, entry)
+    if not report.fused and not any(row.reason.startswith(("already", "a module")) for row in report.left_alone):
+        reasons = "".join(f"\n  {row.path}: {row.was} was left alone: {row.reason}" for row in report.left_alone)
+        known = "".join(f"\n  {name}" for name in sorted(REGISTRY))
+        raise NothingToFuseError(f"{_name(type(model))} holds nothing to fuse.{reasons}\nKnown classes:{known}")
+    return report
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`: every module gets its own class back. Modules that were never fused are left as they are."""
+    for module in model.modules():
+        state = state_of(module)
+        if state is None:
+            continue
+        module.__class__ = state.original_class
+        if "old_forward" in state.extra:
+            module.__dict__["_old_forward"] = state.extra["old_forward"]
+        del module.__dict__["_mllm_fast"]
+
+
+def _swap(module: nn.Module, entry: Entry, options: Options, context: MediaContext) -> None:
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise CannotFuseError("its forward was replaced on the instance")
+    dropin = entry.load()
+    fused_class = dropin_class(module, dropin, entry.upstream)
+    state = dropin.fused_state(module, options, context)
+    module.__dict__["_mllm_fast"] = state
+    module.__class__ = fused_class
+    if "_old_forward" in module.__dict__:
+        # accelerate put a forward on the instance that moves data and then calls the one it found before.
+        state.extra["old_forward"] = module.__dict__["_old_forward"]
+        module.__dict__["_old_forward"] = types.MethodType(fused_class.forward, module)
+
+
+def _modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every distinct module with its paths; one that is registered in several places has them all."""
+    paths: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), (module, []))[1].append(path or "(the model itself)")
+    return [(module, ", ".join(found)) for module, found in paths.values()]
+
+
+def _existing_context(model: nn.Module) -> MediaContext | None:
+    return next((state.shared for module in model.modules() if (state := state_of(module)) is not None), None)
+
+
+def _kernels(module: nn.Module, entry: Entry) -> str:
+    parameter = next(module.parameters(), None)
+    device_type = "cpu" if parameter is None else parameter.device.type
+    if not entry.ops:
+        return "shares images and media keys between layers, steps and beams"
+    return ", ".join(f"{op} [{runtime.explain(op, device_type)[0]}]" for op in entry.ops)
+
+
+def _called_children(module: nn.Module, path: str, entry: Entry) -> list[LeftAloneRow]:
+    if not entry.ops:
+        return []
+    rows: list[LeftAloneRow] = []
+    wrapped: list[str] = []
+    for name, child in module.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in wrapped) or name == "":
+            continue
+        linear = isinstance(child, nn.Linear) or hasattr(child, "base_layer")
+        if (linear and not readable_linear(child)) or hooked(child):
+            wrapped.append(name)
+            why = "hooked" if hooked(child) else "wrapped or packed"
+            rows.append(LeftAloneRow(f"{path}.{name}", _name(type(child)), f"{why}: called, and fused around"))
+    return rows
+
+
+def _check_level(level: int) -> int:
+    if level not in LEVELS:
+        raise ValueError(f"unknown fuse level {level!r}; choose one of {', '.join(map(str, LEVELS))}")
+    return level
+
+
+def _check_fixes(fixes: str | Iterable[str]) -> frozenset[str]:
+    if fixes == "all":
+        return frozenset(FIXES)
+    names = frozenset({fixes} if isinstance(fixes, str) else fixes)
+    if unknown := names - FIXES.keys():
+        listed = "".join(f"\n  {name}: {what}" for name, what in FIXES.items())
+        raise ValueError(f"unknown fix {', '.join(sorted(map(repr, unknown)))}; choose 'all' or among:{listed}")
+    return names
+
+
+def _name(cls: type) -> str:
+    return class_path(cls)

@@ -1,0 +1,170 @@
+"""Child modules of a block: read their weights where that is safe, call them where it is not.
+
+A kernel wants the bare weight of a linear layer. That is right only for a plain, unhooked `nn.Linear`; a child that
+PEFT, bitsandbytes, accelerate, FSDP or a forward hook has wrapped computes something else and must be called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..kernels.linear import ACTIVATIONS
+from ..kernels.norm import Norm
+
+# RMSNorm classes of other libraries whose forward is weight * x / rms(x) with fp32 statistics, by class name; a family
+# adds the names it knows.
+RMS_NORM_CLASSES = {"IdeficsRMSNorm"}
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more, or something else, than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    return all(t is None or type(t) in (nn.Parameter, Tensor) for t in tensors)
+
+
+def readable_linear(module: nn.Module) -> bool:
+    """Whether `module` is exactly `F.linear(x, module.weight, module.bias)`."""
+    return type(module) is nn.Linear and not hooked(module) and _plain(module.weight, module.bias)
+
+
+def read_norm(module: nn.Module) -> Norm | None:
+    """The norm that `module` computes, or None when it has to be called."""
+    if hooked(module):
+        return None
+    kind = type(module)
+    if kind is nn.LayerNorm and len(module.normalized_shape) == 1 and _plain(module.weight, module.bias):
+        return Norm("layer_norm", module.weight, module.bias, module.eps)
+    if kind is nn.RMSNorm and len(module.normalized_shape) == 1 and _plain(module.weight):
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        return Norm("rms_norm", module.weight, None, eps)
+    if kind.__name__ in RMS_NORM_CLASSES and _plain(module.weight):
+        return Norm("rms_norm", module.weight, None, module.variance_epsilon)
+    return None
+
+
+def normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    """norm(x), fused where the child can be read."""
+    read = read_norm(norm)
+    return norm(x) if read is None else ops.normalize(x, read)
+
+
+def norm_linear(
+    x: Tensor,
+    norm: nn.Module | None,
+    linear: nn.Module,
+    *,
+    activation: str | None = None,
+    gate: nn.Module | None = None,
+) -> Tensor:
+    """act(linear(norm(x))), or act(gate(norm(x))) * linear(norm(x)) for a gated activation."""
+    linears_read = readable_linear(linear) and (gate is None or readable_linear(gate))
+    read = None if norm is None else read_norm(norm)
+    if norm is not None and (read is None or not linears_read):
+        x, read = normalize(x, norm), None
+    if linears_read:
+        return ops.norm_linear(
+            x,
+            linear.weight,
+            linear.bias,
+            norm=read,
+            activation=activation,
+            gate_weight=None if gate is None else gate.weight,
+            gate_bias=None if gate is None else gate.bias,
+        )
+    if gate is not None:
+        return activate(gate(x), activation) * linear(x)
+    return linear(x) if activation is None else activate(linear(x), activation)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """The activation behind `norm_linear`'s name for it; "swiglu" and "geglu" name the function of their gate."""
+    return ACTIVATIONS[{"swiglu": "silu", "geglu": "gelu"}.get(activation or "", activation)](x)
+
+
+def linear_residual(
+    x: Tensor,
+    linear: nn.Module,
+    residual: Tensor,
+    *,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """residual + tanh(gate) * row_mask * dropout(linear(x)), in one op where the child can be read."""
+    if readable_linear(linear):
+        return ops.linear_residual(
+            x, linear.weight, linear.bias, residual=residual, gate=gate, row_mask=row_mask, dropout_p=dropout_p
+        )
+    branch = F.dropout(linear(x), dropout_p, dropout_p > 0)
+    if gate is not None:
+        return ops.gated_residual(residual, branch, gate, row_mask)
+    return residual + (branch if row_mask is None else branch * row_mask.unsqueeze(-1))
+
+
+def weights_of(children: Sequence[nn.Module]) -> tuple[list[Tensor | None], Hashable] | None:
+    """The tensors that the children's outputs depend on, and an equally deciding hashable; None if that is not known.
+
+    Known are plain linears, bitsandbytes linears, and PEFT layers in eval mode. A hooked child may do anything.
+    """
+    tensors: list[Tensor | None] = []
+    extras: list[Hashable] = []
+    for child in children:
+        if readable_linear(child):
+            tensors += (child.weight, child.bias)
+            continue
+        if any(hooked(m) for m in child.modules()) or (child.training and _has_dropout(child)):
+            return None
+        tensors += (*child.parameters(), *child.buffers())
+        extras.append(_adapter_state(child))
+    if not _plain_storage(tensors):
+        return None
+    return tensors, tuple(extras)
+
+
+def _has_dropout(child: nn.Module) -> bool:
+    return any(getattr(m, "p", 0) for m in child.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+
+
+def _adapter_state(child: nn.Module) -> Hashable:
+    """What of a PEFT layer changes its output without changing a tensor."""
+    if not hasattr(child, "active_adapters"):
+        return type(child)
+    return (
+        type(child),
+        tuple(child.active_adapters),
+        bool(getattr(child, "disable_adapters", False)),
+        tuple(getattr(child, "merged_adapters", ())),
+        tuple(sorted(getattr(child, "scaling", {}).items())),
+    )
+
+
+def _plain_storage(tensors: Sequence[Tensor | None]) -> bool:
+    try:
+        for t in tensors:
+            if t is not None:
+                t.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sharded and fake tensors own no storage of their own
+        return False
+    return True
+
+
+def resolve(module: nn.Module, path: str) -> nn.Module | Tensor:
+    """The child or parameter at a dotted path: `resolve(block, "attn.to_q")`."""
+    found: Callable | nn.Module | Tensor = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found

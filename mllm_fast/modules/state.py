@@ -1,0 +1,166 @@
+"""What a drop-in keeps beside its parameters: options, derived weights, and what one forward shares between layers.
+
+Everything here lives in one attribute of a fused module (`_mllm_fast`), is never part of a state dict, and is rebuilt
+rather than copied by `copy.deepcopy` and `pickle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model was fused.
+
+    Attributes:
+        level: 0 uses the kernels only, 1 also computes once what upstream computes again and again (exact up to the
+            order of rounding), 2 also folds weights where that changes rounding in half precision.
+        fixes: names of the upstream bugs that are mended instead of reproduced.
+    """
+
+    level: int = 1
+    fixes: frozenset[str] = frozenset()
+
+
+class TensorKey:
+    """Tells whether a tensor still holds what it held when the key was made, without reading it.
+
+    Two tensors have the same key when they are the same bytes of the same living storage, at the same version. A weak
+    reference to the storage keeps its address from being used again, so a freed tensor never matches a new one. Writes
+    through `tensor.data` go past PyTorch's version counter and are not seen. Inference-mode tensors carry no version
+    counter: on a CPU such a tensor is compared with a copy, elsewhere it counts as unchanged while its storage lives.
+    """
+
+    __slots__ = ("_snapshot", "_storage", "_where")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._where = _where(tensor)
+        self._snapshot = tensor.clone() if tensor.is_inference() and tensor.device.type == "cpu" else None
+
+    def matches(self, tensor: Tensor) -> bool:
+        if tensor.untyped_storage()._cdata != self._storage.cdata or _where(tensor) != self._where:
+            return False
+        return self._snapshot is None or torch.equal(tensor, self._snapshot)
+
+    def overwritten(self, tensor: Tensor) -> bool:
+        """Whether `tensor` shows that the keyed bytes were written to since, so that the key can never match again."""
+        same_storage = tensor.untyped_storage()._cdata == self._storage.cdata
+        return same_storage and _version(tensor) != self._where[-2]
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody still holds the storage."""
+        return not self._storage.expired()
+
+
+def _where(tensor: Tensor) -> tuple[Hashable, ...]:
+    return (
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        _version(tensor),
+        tensor.requires_grad,
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class TensorKeys:
+    """`TensorKey` of several tensors, some of which may be None, plus any hashable that must stay equal."""
+
+    __slots__ = ("_extra", "_keys")
+
+    def __init__(self, tensors: Sequence[Tensor | None], extra: Hashable = None) -> None:
+        self._keys = tuple(None if t is None else TensorKey(t) for t in tensors)
+        self._extra = extra
+
+    def match(self, tensors: Sequence[Tensor | None], extra: Hashable = None) -> bool:
+        if len(tensors) != len(self._keys) or extra != self._extra:
+            return False
+        return all(
+            (t is None) if key is None else (t is not None and key.matches(t))
+            for key, t in zip(self._keys, tensors, strict=True)
+        )
+
+
+def autocast_key(device_type: str) -> Hashable:
+    """What autocast would do on this device: part of the key of anything that was computed under it."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the graph of what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class Derived:
+    """Weights computed from parameters (stacked, folded), kept until one of their sources changes.
+
+    While a source needs a gradient they are computed inside the graph at every call instead.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[TensorKeys, Any]] = {}
+
+    def get(self, name: Hashable, sources: Sequence[Tensor | None], build: Callable[[], T]) -> T:
+        if needs_graph(*sources) or torch.compiler.is_compiling():
+            self._entries.pop(name, None)
+            return build()
+        entry = self._entries.get(name)
+        if entry is not None and entry[0].match(sources):
+            return entry[1]
+        device_type = next(t.device.type for t in sources if t is not None)
+        # A value built inside inference_mode could never be saved for a later backward pass, and one built under
+        # autocast would hold rounded weights.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+            value = build()
+        self._entries[name] = (TensorKeys(sources), value)
+        return value
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+@dataclass(eq=False)
+class FusedState:
+    """The one private attribute of a fused module.
+
+    Attributes:
+        original_class: the class to give back in `unfuse`.
+        options: how the model was fused.
+        spec: the block's frozen description, made by its family.
+        shared: what the modules of one fused model share during a forward or a generation (a `MediaContext`).
+        derived: weights computed from this module's parameters.
+        extra: what `unfuse` needs beyond the class.
+    """
+
+    original_class: type
+    options: Options
+    spec: Any = None
+    shared: Any = None
+    derived: Derived = field(default_factory=Derived)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def fixes(self, name: str) -> bool:
+        return name in self.options.fixes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "derived": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.derived = Derived()

@@ -1,0 +1,18 @@
+"""The functional API: every op, tensors in and tensors out. Each docstring gives shapes, dtypes and errors."""
+
+from __future__ import annotations
+
+from .kernels.attention import Mask as Mask
+from .kernels.attention import MediaRanges as MediaRanges
+from .kernels.attention import MediaSubsets as MediaSubsets
+from .kernels.attention import attention as attention
+from .kernels.gated_residual import gated_residual as gated_residual
+from .kernels.linear import StackedWeight as StackedWeight
+from .kernels.linear import linear_residual as linear_residual
+from .kernels.linear import norm_linear as norm_linear
+from .kernels.linear import stack_weights as stack_weights
+from .kernels.linear import stacked_linear as stacked_linear
+from .kernels.norm import Norm as Norm
+from .kernels.norm import layer_norm as layer_norm
+from .kernels.norm import normalize as normalize
+from .kernels.norm import rms_norm as rms_norm

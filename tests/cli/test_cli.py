@@ -1,0 +1,148 @@
+"""The `mllm-fast` command: `info`, and what it says about requests it cannot serve."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm_fast import __version__, cli
+from mllm_fast.kernels import runtime
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run the command, expect status 2 and one line on stderr, and return that line."""
+    try:
+        status = cli.main(argv)
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_info_json_lists_devices_versions_and_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["devices"][0]["kind"] == "cpu"
+    assert len(info["devices"]) == 1 + torch.cuda.device_count()
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["mllm-fast"] == __version__
+    assert set(info["versions"]) == {"python", "mllm-fast", *cli.LIBRARIES}
+    ops = {op["name"]: op for op in info["ops"]}
+    assert set(ops) == {op.name for op in runtime.ops()}
+    assert {"attention", "gated_residual", "layer_norm", "linear_residual", "norm_linear", "rms_norm"} <= set(ops)
+    for op in ops.values():
+        assert op["implementation"] in ("torch", "triton")
+        assert op["reason"]
+        assert op["summary"]
+
+
+def test_info_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for text in ("Devices", "Versions", "Ops", "Triton kernels", "attention", torch.__version__, "cpu"):
+        assert text in out
+
+
+def test_info_without_an_optional_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "LIBRARIES", ("torch", "a-library-nobody-has"))
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["a-library-nobody-has"] is None
+    assert cli.main(["info"]) == 0
+    assert "not installed" in capsys.readouterr().out
+
+
+def test_info_says_why_a_kernel_does_not_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_ops", dict(runtime._ops))
+    runtime.register_op("an_op", "an op with kernels", has_triton=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    (op,) = [op for op in info["ops"] if op["name"] == "an_op"]
+    assert op["implementation"] == "torch"
+    assert "no GPU" in op["reason"] or "not installed" in op["reason"]
+    assert info["triton"].startswith("cannot run: ")
+
+
+def test_info_lists_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = types.SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=141 * 2**30, gcnArchName="gfx942")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    for cuda, target in (("13.0", "sm_90"), (None, "gfx942")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert cli.main(["info", "--json"]) == 0
+        device = json.loads(capsys.readouterr().out)["devices"][1]
+        assert device == {"name": "cuda:0", "kind": "cuda", "detail": f"A GPU, {target}", "memory_gib": 141.0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ((), "required: COMMAND"),
+        (("no-such-command",), "'no-such-command'"),
+        (("info", "--no-such-flag"), "--no-such-flag"),
+        (("generate",), "required: MODEL, IMAGE"),
+        (("generate", "model", "image.png", "--max-new-tokens", "0"), "at least 1, got '0'"),
+        (("generate", "model", "image.png", "--max-new-tokens", "many"), "at least 1, got 'many'"),
+        (("generate", "no-such-model", "image.png"), "no-such-model does not exist"),
+    ],
+)
+def test_bad_commands(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], says: str) -> None:
+    line = _fails(capsys, *argv)
+    assert line.startswith("mllm-fast")
+    assert ": error: " in line
+    assert says in line
+
+
+def test_generate_names_the_missing_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "model").touch()
+    missing = tmp_path / "image.png"
+    assert f"{missing} does not exist" in _fails(capsys, "generate", str(tmp_path / "model"), str(missing))
+
+
+def test_demo_names_the_missing_libraries(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    line = _fails(capsys, "demo")
+    assert "matplotlib, skimage, sklearn" in line
+    assert "mllm-fast[demo]" in line
+
+
+def test_an_error_is_one_line_unless_debugging(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(cli, "collect_info", broken)
+    assert _fails(capsys, "info") == "mllm-fast: error: RuntimeError: two lines\n"
+    with pytest.raises(RuntimeError, match="two\nlines"):
+        cli.main(["--debug", "info"])
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "collect_info", interrupted)
+    assert cli.main(["info"]) == 130
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"mllm-fast {__version__}\n"
