@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import report
-from .measure import QUICK, Plan
-from .registry import UnknownWorkloadError, Workload, WrongResultError, find, run
+from .measure import QUICK, Limits, Plan, machine_limits
+from .registry import Result, UnknownWorkloadError, Workload, WrongResultError, find, run
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
@@ -59,18 +59,26 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
 
 
 def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: Console) -> list[report.Row]:
-    rows = []
+    outcomes: list[tuple[Workload, Result | WrongResultError]] = []
+    limits: dict[torch.dtype, Limits] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
         for workload in chosen:
             progress.update(task, description=workload.name)
             try:
-                rows.append(report.row(run(workload, device, plan)))
+                outcomes.append((workload, run(workload, device, plan)))
             except WrongResultError as error:
-                rows.append(report.failed_row(workload, str(error)))
+                outcomes.append((workload, error))
+            # Again with every workload: on a shared machine a single attempt may hit a bad moment.
+            limits[workload.dtype] = machine_limits(device, workload.dtype).raised(limits.get(workload.dtype))
             progress.advance(task)
-    return rows
+    return [
+        report.row(outcome, limits[workload.dtype])
+        if isinstance(outcome, Result)
+        else report.failed_row(workload, str(outcome))
+        for workload, outcome in outcomes
+    ]
 
 
 def _listing(chosen: Sequence[Workload]) -> Table:

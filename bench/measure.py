@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,7 +39,7 @@ class Plan:
 
     Attributes:
         samples: undisturbed samples wanted of each peer.
-        seconds: give up waiting for them after this long (one sample of each peer is always taken).
+        seconds: give up waiting for them after this long (a few samples of each peer are always taken).
         sample_ms: a sample repeats the call until it lasts about this long.
     """
 
@@ -86,6 +87,12 @@ class Limits:
     bytes_per_s: float
     flops_per_s: float
 
+    def raised(self, other: Limits | None) -> Limits:
+        """The higher of both, each."""
+        if other is None:
+            return self
+        return Limits(max(self.bytes_per_s, other.bytes_per_s), max(self.flops_per_s, other.flops_per_s))
+
     def seconds(self, nbytes: int, flops: int) -> float:
         """The least time for this much work (the roofline)."""
         return max(nbytes / self.bytes_per_s, flops / self.flops_per_s)
@@ -106,10 +113,11 @@ def time_peers(peers: Mapping[str, Sequence[Call]], plan: Plan, device: torch.de
     deadline = time.monotonic() + plan.seconds
     for order in itertools.cycle((list(peers), list(peers)[::-1])):
         for name in order:
-            wait_until_quiet(deadline)
+            wait_until_quiet(min(deadline, time.monotonic() + plan.seconds / 10))
             samples[name].append(_sample(rotations[name], iterations[name], device))
+        rounds = len(samples[name])
         clean = min(sum(not disturbed for _, disturbed in taken) for taken in samples.values())
-        if clean >= plan.samples or time.monotonic() >= deadline:
+        if clean >= plan.samples or (rounds >= ENOUGH and time.monotonic() >= deadline):
             return {name: _timing(taken) for name, taken in samples.items()}
     raise AssertionError("unreachable")
 
@@ -231,19 +239,25 @@ def count_launches(call: Call, device: torch.device) -> int:
         with torch.profiler.profile(activities=activities) as profile:
             call()
             torch.cuda.synchronize(device)
-        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+        return sum(e.device_type == DeviceType.CUDA for e in profile.events())
     with _Launches() as mode:
         call()
     return mode.count
 
 
-@functools.cache
-def machine_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measure what this machine reaches: the best of a few runs, since a disturbance only ever slows down."""
+def machine_limits(device: torch.device, dtype: torch.dtype, seconds: float = 5.0) -> Limits:
+    """Measure what this machine reaches: the best of a few samples, since a disturbance only ever slows down."""
     floats = torch.ones(64 * 2**20, device=device)
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    with torch.no_grad():
-        read = min(_sample(itertools.repeat(floats.sum), 3, device)[0] for _ in range(5))
-        multiply = min(_sample(itertools.repeat(functools.partial(torch.mm, a, b)), 1, device)[0] for _ in range(5))
-    return Limits(floats.numel() * 4 / read, 2 * side**3 / multiply)
+    best = []
+    for call in (floats.sum, functools.partial(torch.nn.functional.linear, a, b)):
+        taken: list[float] = []
+        deadline, clean = time.monotonic() + seconds / 2, 0
+        while not taken or (clean < ENOUGH and time.monotonic() < deadline):
+            wait_until_quiet(deadline)
+            elapsed, disturbed = _sample(itertools.repeat(call), 2, device)
+            taken.append(elapsed)
+            clean += not disturbed
+        best.append(min(taken))
+    return Limits(floats.numel() * 4 / best[0], 2 * side**3 / best[1])

@@ -6,13 +6,13 @@ import difflib
 import fnmatch
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .measure import Limits, Memory, Plan, Timing, count_launches, machine_limits, peak_memory, time_peers
+from .measure import Memory, Plan, Timing, count_launches, peak_memory, time_peers
 
 OURS = "mllm_fast"
 
@@ -93,7 +93,6 @@ class Result:
 
     workload: Workload
     peers: Mapping[str, Measurement]
-    limits: Limits = field(repr=False)
 
     @property
     def baseline(self) -> Measurement:
@@ -106,11 +105,6 @@ class Result:
     def memory_ratio(self, peer: str) -> float:
         """Peak extra memory as a share of the baseline's."""
         return self.peers[peer].memory.peak / max(self.baseline.memory.peak, 1)
-
-    def roofline_share(self, peer: str) -> float:
-        """The least time this machine needs for the workload, over the time taken."""
-        least = self.limits.seconds(self.workload.nbytes, self.workload.flops)
-        return least / (self.peers[peer].timing.median_ms / 1e3)
 
 
 _workloads: dict[str, Workload] = {}
@@ -191,6 +185,5 @@ def run(workload: Workload, device: torch.device, plan: Plan) -> Result:
         gc.collect()
         launches = {name: count_launches(calls[0], device) for name, calls in case.peers.items()}
         timings = time_peers(case.peers, plan, device)
-        limits = machine_limits(device, workload.dtype)
     peers = {name: Measurement(timings[name], memory[name], launches[name], errors[name]) for name in case.peers}
-    return Result(workload, peers, limits)
+    return Result(workload, peers)

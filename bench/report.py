@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .measure import Plan
+from .measure import Limits, Plan
 from .registry import Result, Workload
 
 FORMAT = 1
@@ -33,9 +33,15 @@ class ReportFileError(ValueError):
     """A file that is not a report of this format."""
 
 
-def row(result: Result) -> Row:
-    """A result as plain data. Rates count the work that has to be done, not what a peer does beyond it."""
+def row(result: Result, limits: Limits) -> Row:
+    """A result as plain data. Rates count the work that has to be done, not what a peer does beyond it.
+
+    Args:
+        result: what was measured.
+        limits: of the machine; the roofline share is the time they allow over the time taken.
+    """
     workload = result.workload
+    least = limits.seconds(workload.nbytes, workload.flops)
     peers = {}
     for name, m in result.peers.items():
         seconds = m.timing.median_ms / 1e3
@@ -45,14 +51,14 @@ def row(result: Result) -> Row:
             "speedup": result.speedup(name),
             "gb_per_s": workload.nbytes / seconds / 1e9,
             "tflop_per_s": workload.flops / seconds / 1e12,
-            "roofline_share": result.roofline_share(name),
+            "roofline_share": least / seconds,
             "peak_extra_bytes": m.memory.peak,
             "held_bytes": m.memory.held,
             "memory_ratio": result.memory_ratio(name),
             "launches": m.launches,
             "relative_error": m.error,
         }
-    return {**_described(workload), "limits": asdict(result.limits), "peers": peers}
+    return {**_described(workload), "limits": asdict(limits), "peers": peers}
 
 
 def failed_row(workload: Workload, reason: str) -> Row:
@@ -167,17 +173,18 @@ def table(rows: Iterable[Row]) -> Table:
         if "failed" in r:
             out.add_row(r["workload"], f"[red]not timed: {r['failed']}")
             continue
+        baseline = next(iter(r["peers"].values()))
         for i, (name, p) in enumerate(r["peers"].items()):
+            reliable = p["reliable"] and baseline["reliable"]
             out.add_row(
                 r["workload"] if i == 0 else "",
                 name,
                 f"{p['median_ms']:.3f}" + ("" if p["reliable"] else " [yellow]noisy[/]"),
                 f"{p['low_ms']:.3f} to {p['high_ms']:.3f}",
-                f"{p['speedup']:.2f}x" + _verdict(p["speedup"], r["goals"]["min_speedup"], i),
+                f"{p['speedup']:.2f}x" + (_verdict(p["speedup"], r["goals"]["min_speedup"], reliable) if i else ""),
                 _rate(r, p),
                 f"{p['roofline_share']:.0%}",
-                f"{p['peak_extra_bytes'] / MIB:.2f}"
-                + _verdict(-p["memory_ratio"], _negative(r["goals"]["max_memory_ratio"]), i),
+                f"{p['peak_extra_bytes'] / MIB:.2f}" + (_memory(p, r["goals"]["max_memory_ratio"]) if i else ""),
                 str(p["launches"]),
                 f"{p['relative_error']:.1e}",
             )
@@ -185,15 +192,18 @@ def table(rows: Iterable[Row]) -> Table:
     return out
 
 
-def _negative(goal: float | None) -> float | None:
-    return None if goal is None else -goal
-
-
-def _verdict(value: float, goal: float | None, index: int) -> str:
-    if goal is None or index == 0:
+def _verdict(speedup: float, goal: float | None, reliable: bool) -> str:
+    if goal is None:
         return ""
-    sign = "<=" if goal < 0 else ">="
-    return f" [{'green' if value >= goal else 'red'}]({sign} {abs(goal):g})[/]"
+    colour = ("green" if speedup >= goal else "red") if reliable else "yellow"
+    return f" [{colour}](goal {goal:g})[/]"
+
+
+def _memory(p: Mapping[str, Any], goal: float | None) -> str:
+    ratio = p["memory_ratio"]
+    if goal is None:
+        return f" = {ratio:.2f}x"
+    return f" = {ratio:.2f}x [{'green' if ratio <= goal else 'red'}](goal {goal:g})[/]"
 
 
 def _rate(r: Row, p: Mapping[str, Any]) -> str:
@@ -208,11 +218,12 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     """Bars of the speed-up of every peer over its baseline, with the goals as ticks. Writes a PNG."""
     from matplotlib.figure import Figure
 
-    bars = [
-        (r["workload"], name, p["speedup"], r["goals"]["min_speedup"])
-        for r in data["rows"]
-        for name, p in list(r["peers"].items())[1:]
-    ]
+    bars = []
+    for r in data["rows"]:
+        (_, baseline), *others = r["peers"].items() or [(None, None)]
+        for name, p in others:
+            noise = "" if p["reliable"] and baseline["reliable"] else " (noisy)"
+            bars.append((r["workload"] + noise, name, p["speedup"], r["goals"]["min_speedup"]))
     figure = Figure(figsize=(9, 1.4 + 0.32 * len(bars)), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(bar[1] for bar in bars))

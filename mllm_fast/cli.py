@@ -93,6 +93,7 @@ def _info(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(info), indent=2))  # noqa: T201
         return 0
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -105,7 +106,7 @@ def _info(args: argparse.Namespace) -> int:
         versions.add_row(library, version or "not installed")
     ops = Table("op", "runs", "because", "what it computes", title="Ops", title_justify="left")
     for op in info.ops:
-        ops.add_row(op.name, op.implementation, op.reason, op.summary)
+        ops.add_row(op.name, op.implementation, op.reason, escape(op.summary))
     console.print(devices, versions, ops, sep="\n")
     console.print(f"Triton kernels {info.triton}", markup=False, highlight=False)
     return 0

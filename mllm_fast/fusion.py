@@ -20,6 +20,7 @@ from .modules.media_context import MediaContext
 from .modules.state import FusedState, Options
 
 LEVELS = (0, 1, 2)
+ROOT = "(the model itself)"
 
 
 class NothingToFuseError(ValueError):
@@ -28,7 +29,10 @@ class NothingToFuseError(ValueError):
 
 @dataclass(frozen=True)
 class FusedRow:
-    """One module that runs a drop-in: where it is, its class before and after, and the implementation of each op."""
+    """One module that runs a drop-in: where it is, its class before and after, and the implementation of each op.
+
+    A module that is registered in several places has all its paths, separated by ", "; the model itself has "".
+    """
 
     path: str
     was: str
@@ -63,20 +67,20 @@ class FuseReport:
         from rich.console import Console
         from rich.table import Table
 
-        console = Console(file=io.StringIO(), width=140)
+        console = Console(file=io.StringIO(), width=140, markup=False)
         fixes = ", ".join(sorted(self.options.fixes)) or "none"
         table = Table(title=f"fused {len(self.fused)} modules (level {self.options.level}, fixes: {fixes})")
         for column in ("path", "was", "now", "kernels"):
             table.add_column(column, overflow="fold")
         for row in self.fused:
-            table.add_row(row.path, row.was, row.now, row.kernels)
+            table.add_row(row.path or ROOT, row.was, row.now, row.kernels)
         console.print(table)
         if self.left_alone:
             table = Table(title="left alone")
             for column in ("path", "class", "reason"):
                 table.add_column(column, overflow="fold")
             for left in self.left_alone:
-                table.add_row(left.path, left.was, left.reason)
+                table.add_row(left.path or ROOT, left.was, left.reason)
             console.print(table)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
@@ -125,7 +129,7 @@ def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = ()) -
         report.fused.append(FusedRow(paths, was, type(module).__qualname__, _kernels(module, entry)))
         report.left_alone += _called_children(module, paths, entry)
     if not report.fused and not any(row.reason.startswith(("already", "a module")) for row in report.left_alone):
-        reasons = "".join(f"\n  {row.path}: {row.was} was left alone: {row.reason}" for row in report.left_alone)
+        reasons = "".join(f"\n  {row.path or ROOT}: {row.was} was left alone: {row.reason}" for row in report.left_alone)
         known = "".join(f"\n  {name}" for name in sorted(REGISTRY))
         raise NothingToFuseError(f"{_name(type(model))} holds nothing to fuse.{reasons}\nKnown classes:{known}")
     return report
@@ -147,7 +151,7 @@ def _swap(module: nn.Module, entry: Entry, options: Options, context: MediaConte
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise CannotFuseError("its forward was replaced on the instance")
     dropin = entry.load()
-    fused_class = dropin_class(module, dropin, entry.upstream)
+    fused_class = dropin_class(module, dropin, entry)
     state = dropin.fused_state(module, options, context)
     module.__dict__["_mllm_fast"] = state
     module.__class__ = fused_class
@@ -161,7 +165,7 @@ def _modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every distinct module with its paths; one that is registered in several places has them all."""
     paths: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), (module, []))[1].append(path or "(the model itself)")
+        paths.setdefault(id(module), (module, []))[1].append(path)
     return [(module, ", ".join(found)) for module, found in paths.values()]
 
 
@@ -189,7 +193,7 @@ def _called_children(module: nn.Module, path: str, entry: Entry) -> list[LeftAlo
         if (linear and not readable_linear(child)) or hooked(child):
             wrapped.append(name)
             why = "hooked" if hooked(child) else "wrapped or packed"
-            rows.append(LeftAloneRow(f"{path}.{name}", _name(type(child)), f"{why}: called, and fused around"))
+            rows.append(LeftAloneRow(f"{path}.{name}".lstrip("."), _name(type(child)), f"{why}: called, and fused around"))
     return rows
 
 

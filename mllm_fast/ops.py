@@ -8,6 +8,7 @@ from .kernels.attention import MediaSubsets as MediaSubsets
 from .kernels.attention import attention as attention
 from .kernels.gated_residual import gated_residual as gated_residual
 from .kernels.linear import StackedWeight as StackedWeight
+from .kernels.linear import grouped_linear as grouped_linear
 from .kernels.linear import linear_residual as linear_residual
 from .kernels.linear import norm_linear as norm_linear
 from .kernels.linear import stack_weights as stack_weights

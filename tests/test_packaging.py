@@ -99,22 +99,19 @@ def test_editable_install_needs_neither_network_nor_dependencies(checkout: Path,
     site = tmp_path / "site"
     flags = ("--no-deps", "--no-build-isolation", "--target", site)
     _run(sys.executable, "-m", "pip", "install", *flags, "-e", checkout, cwd=tmp_path)
-    # `site.addsitedir` reads the .pth files that make an editable install work, as an interpreter does on starting.
+    # -S leaves out the .pth files of this environment, which may hold an editable install of its own; `addsitedir`
+    # reads those of the new one. Libraries come last, so that they shadow nothing.
+    libraries = [path for path in sys.path if "site-packages" in path]
     probe = (
-        "import json, site, sys; site.addsitedir(sys.argv[1]);"
+        f"import json, site, sys; sys.path += [sys.argv[1], *{libraries!r}]; site.addsitedir(sys.argv[1]);"
         "import mllm_fast, mllm_fast.kernels.runtime as runtime;"
         "print(json.dumps([mllm_fast.__file__, runtime.__file__]))"
     )
-    output = _run(sys.executable, "-S", "-c", _with_site_packages(probe), site, cwd=tmp_path)
+    output = _run(sys.executable, "-S", "-c", probe, site, cwd=tmp_path)
     package, runtime = json.loads(output)
     assert Path(package) == checkout / "mllm_fast" / "__init__.py"
     assert Path(runtime).resolve() == checkout / "kernels" / "runtime.py"
     assert (site / "bin" / "mllm-fast").exists()
-
-
-def _with_site_packages(code: str) -> str:
-    """Code for `python -S`: libraries stay importable, but no .pth file of this environment is read."""
-    return f"import sys; sys.path += {[path for path in sys.path if 'site-packages' in path]!r}; {code}"
 
 
 def test_other_projects_import_from_the_repository_root() -> None:

@@ -1,11 +1,13 @@
-"""softmax(q k^T * scale) v over one rectangle of keys that all queries see, or over one causal square; with its logsumexp.
+"""softmax(q k^T * scale) v, with its logsumexp, over one rectangle of keys that all queries see or one causal square.
 
-Two results over different keys can be merged by their logsumexp (`merge`). The backward of each part takes the output and the
-logsumexp of the merged whole, and then gives the exact gradients: with P = exp(s - lse) and delta = rowsum(dO * O), both of the
-whole row, dS = P * (dO V^T - delta) holds key by key (FlashAttention, arXiv 2205.14135, algorithm 4).
+Two results over different keys can be merged by their logsumexp (`merge`). The backward of each part takes the output
+and the logsumexp of the merged whole, and then gives the exact gradients: with P = exp(s - lse) and
+delta = rowsum(dO * O), both of the whole row, dS = P * (dO V^T - delta) holds key by key (FlashAttention,
+arXiv 2205.14135, algorithm 4).
 
-All tensors are [batch, length, heads, head_dim] in the compute dtype (`compute_dtype`); logsumexp is [batch, length, heads].
-Keys may have fewer batch rows and fewer heads than queries, by whole factors: consecutive query rows, or heads, share them.
+All tensors are [batch, length, heads, head_dim] in the compute dtype (`compute_dtype`); logsumexp is
+[batch, length, heads]. Keys may have fewer batch rows and fewer heads than queries, by whole factors: consecutive query
+rows, or heads, share them.
 """
 
 from __future__ import annotations
@@ -28,16 +30,17 @@ _HAS_FLASH = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32.
 
-    16-bit inputs are widened piece by piece also before torch's CPU flash kernel. Without AMX, its own 16-bit form is slower than the
-    cast and the fp32 form together: 98 against 73 microseconds forward and 857 against 161 backward for 34 queries, 64 keys and 8
-    heads of 64; 757 against 47 for one query and 32 heads of 128 (AMD EPYC with AVX512-BF16, one thread, without the cast).
+    16-bit inputs are widened piece by piece also before torch's CPU flash kernel. Without AMX, its own 16-bit form is
+    slower than the cast and the fp32 form together. Without the cast, 98 against 73 microseconds forward and 857
+    against 161 backward for 34 queries, 64 keys and 8 heads of 64; 757 against 47 for one query and 32 heads of 128
+    (AMD EPYC with AVX512-BF16, one thread).
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(slots=True)
 class Dropout:
-    """Dropout on the probabilities. The pattern is drawn call by call, so equal calls in equal order give equal patterns."""
+    """Dropout on the probabilities, drawn call by call: equal calls in equal order give equal patterns."""
 
     p: float
     generator: torch.Generator
@@ -50,7 +53,7 @@ class Dropout:
     def factors(self, like: Tensor) -> Tensor:
         """0 with probability p, else 1 / (1 - p), for each element of `like`."""
         drawn = torch.rand(like.shape, generator=self.generator, device=like.device)
-        return (drawn >= self.p).to(like.dtype).mul_(1 / (1 - self.p))
+        return (drawn >= self.p).to(like.dtype).mul_(1 / (1 - self.p) if self.p < 1 else 0)
 
 
 def forward(
@@ -91,13 +94,13 @@ def backward(
     run = _flash_backward if _use_flash(q, dropout) else _plain_backward
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2]:
-        rows = [x.transpose(1, 2) for x in (grad, q, out)]
-        dq, dk, dv = run(*rows, keys, values, lse.transpose(1, 2), scale, causal, dropout)
+        grad_, q_, out_, lse_ = (x.transpose(1, 2) for x in (grad, q, out, lse))
+        dq, dk, dv = run(grad_, q_, out_, keys, values, lse_, scale, causal, dropout)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     lse = lse.unsqueeze(-1)
     if not causal:
-        rows = [_pack(x, k) for x in (grad, q, out)]
-        dq, dk, dv = run(*rows, keys, values, _pack(lse, k).squeeze(-1), scale, False, dropout)
+        grad_, q_, out_, lse_ = (_pack(x, k) for x in (grad, q, out, lse))
+        dq, dk, dv = run(grad_, q_, out_, keys, values, lse_.squeeze(-1), scale, False, dropout)
         return _unpack(dq, q, k), dk.transpose(1, 2), dv.transpose(1, 2)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
@@ -174,7 +177,7 @@ def _flash_backward(
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Slices of query rows whose scores fit in `SCORES`; at least one row, whose scores are fewer than its keys' numbers."""
+    """Slices of query rows whose scores fit in `SCORES`, or single rows, whose scores are fewer than k's elements."""
     rows = max(1, SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     return (slice(start, start + rows) for start in range(0, q.shape[2], rows))
 

@@ -1,8 +1,8 @@
 """What each query row of `attention` may see, as small integer tensors. No mask here grows with rows x keys.
 
-A mask object is made once per forward pass and shared by all layers: what `attention` derives from it on the host (which
-rows read which keys) is kept on the object. Its tensors must therefore not be changed after the first use; a change that
-autograd's version counter can see is noticed, and the derived plan is made again.
+A mask object is made once per forward pass and shared by all layers: what `attention` derives from it on the host
+(which rows read which keys) is kept on the object. Its tensors must therefore not be changed after the first use; a
+change that autograd's version counter can see is noticed, and the derived plan is made again.
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ def _check_rows(name: str, rows: Tensor, batch: int, queries: int) -> None:
 def _check_keys(images: int, tokens_per_image: int, keys: int) -> None:
     if images * tokens_per_image != keys:
         raise ValueError(
-            f"the mask has {images} images of {tokens_per_image} tokens, which is {images * tokens_per_image} keys, but k has "
-            f"{keys}; pass the images and tokens_per_image that k was made from"
+            f"the mask has {images} images of {tokens_per_image} tokens: {images * tokens_per_image} keys. But k "
+            f"has {keys}; pass the images and tokens_per_image that k was made from"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class MediaRanges:
-    """Each text row sees a contiguous range of images: row (b, i) sees images `first[b, i]` up to, not including, `last[b, i]`.
+    """Each text row sees a range of images: row (b, i) sees `first[b, i]` up to, not including, `last[b, i]`.
 
-    This is the mask of Flamingo's gated cross-attention (arXiv 2204.14198, section 3.1.3): phi(i), the last image before
-    token i, gives the range [phi - 1, phi), and "all images so far" gives [0, phi). Ranges need not be monotone in i.
+    This is the mask of Flamingo's gated cross-attention (arXiv 2204.14198, section 3.1.3): phi(i), the last image
+    before token i, gives the range [phi - 1, phi), and "all images so far" gives [0, phi). Ranges need not be
+    monotone in i.
 
     Args:
-        first, last: [B, Lq] or [1, Lq], int32 or int64. An empty range (first >= last) sees nothing: output and gradient 0.
-            The part of a range that lies past the last image is cut off.
+        first, last: [B, Lq] or [1, Lq], int32 or int64. An empty range (first >= last) sees nothing: output and
+            gradient 0. The part of a range that lies before image 0 or past the last image is cut off.
         images: images per key row. `tokens_per_image`: keys per image. Their product is the key length.
-        beyond: what a non-empty range wholly past the last image (first >= images) gives: "zero", or "mean", the mean of V
-            over all keys. The latter is what masked_fill(-max) followed by softmax makes of such a row in open_flamingo and
-            flamingo_pytorch (`MaskedCrossAttention`), whatever else the mask says. With a second key source such a row
-            sees that source alone.
+        beyond: what a non-empty range wholly past the last image (first >= images) gives: "zero", or "mean", the mean
+            of V over all keys. The latter is what masked_fill(-max) followed by softmax makes of such a row in
+            open_flamingo and flamingo_pytorch (`MaskedCrossAttention`), whatever else the mask says. With a second
+            key source such a row sees that source alone.
 
     Raises:
         ValueError: shapes, dtypes or counts that do not fit; here, or at the first use for what depends on q and k.
@@ -73,11 +74,13 @@ class MediaRanges:
         for name, rows in (("first", self.first), ("last", self.last)):
             if rows.ndim != 2 or rows.dtype not in _INTEGERS:
                 raise ValueError(
-                    f"MediaRanges.{name} is {list(rows.shape)} of {rows.dtype}; expected [batch or 1, length] of int32 or int64"
+                    f"MediaRanges.{name} is {list(rows.shape)} of {rows.dtype}; "
+                    "expected [batch or 1, length] of int32 or int64"
                 )
         if self.first.shape != self.last.shape:
             raise ValueError(
-                f"MediaRanges.first is {list(self.first.shape)} and last is {list(self.last.shape)}; they must have one shape"
+                f"MediaRanges.first is {list(self.first.shape)} and last is {list(self.last.shape)}; "
+                "they must have one shape"
             )
         _check_images(self.images, self.tokens_per_image)
         if self.beyond not in ("zero", "mean"):
@@ -111,8 +114,8 @@ class MediaSubsets:
     def __post_init__(self) -> None:
         if self.words.ndim != 3 or self.words.dtype != torch.int64:
             raise ValueError(
-                f"MediaSubsets.words is {list(self.words.shape)} of {self.words.dtype}; expected [batch or 1, length, words] of "
-                "int64 (MediaSubsets.from_mask makes it from a bool mask)"
+                f"MediaSubsets.words is {list(self.words.shape)} of {self.words.dtype}; "
+                "expected [batch or 1, length, words] of int64 (MediaSubsets.from_mask makes it from a bool mask)"
             )
         _check_images(self.images, self.tokens_per_image)
         expected = -(-self.images // WORD_BITS)
@@ -126,7 +129,9 @@ class MediaSubsets:
     def from_mask(mask: Tensor, tokens_per_image: int) -> MediaSubsets:
         """Pack a bool mask [B, Lq, images] (True = visible) into words."""
         if mask.ndim != 3 or mask.dtype != torch.bool:
-            raise ValueError(f"mask is {list(mask.shape)} of {mask.dtype}; expected [batch, length, images] of torch.bool")
+            raise ValueError(
+                f"mask is {list(mask.shape)} of {mask.dtype}; expected [batch, length, images] of torch.bool"
+            )
         batch, queries, images = mask.shape
         words = -(-images // WORD_BITS)
         padded = torch.nn.functional.pad(mask, (0, words * WORD_BITS - images))
@@ -149,8 +154,9 @@ class Mask:
         key_lengths: [B] int32 or int64; keys at or past the length are hidden.
         key_padding: [B, Lk] bool; True = visible.
         causal: row i sees keys j <= i + Lk - Lq (aligned at the bottom right, so a decode step sees all keys so far).
-        prefix: with causal, the first `prefix` keys are visible to all rows; so rows of the prefix see the whole prefix and
-            nothing else (UniLM, arXiv 1905.03197; BLIP-2's image-grounded text generation, arXiv 2301.12597, section 3.1).
+        prefix: with causal, the first `prefix` keys are visible to all rows; so rows of the prefix see the whole
+            prefix and nothing else (UniLM, arXiv 1905.03197; BLIP-2's image-grounded text generation, arXiv
+            2301.12597, section 3.1).
         media: which images each row sees.
 
     Raises:
@@ -172,12 +178,15 @@ class Mask:
             )
         if padding is not None and (padding.ndim != 2 or padding.dtype != torch.bool):
             raise ValueError(
-                f"Mask.key_padding is {list(padding.shape)} of {padding.dtype}; expected [batch, keys] of torch.bool, True = visible"
+                f"Mask.key_padding is {list(padding.shape)} of {padding.dtype}; "
+                "expected [batch, keys] of torch.bool, True = visible"
             )
         if self.prefix < 0:
             raise ValueError(f"Mask.prefix is {self.prefix}; it must be 0 or more")
         if self.prefix and not self.causal:
-            raise ValueError(f"Mask.prefix is {self.prefix} without causal=True; without it, all keys are visible anyway")
+            raise ValueError(
+                f"Mask.prefix is {self.prefix} without causal=True; without it, all keys are visible anyway"
+            )
         if self.media is not None and not isinstance(self.media, MediaRanges | MediaSubsets):
             raise ValueError(f"Mask.media is a {type(self.media).__name__}; expected MediaRanges or MediaSubsets")
 

@@ -1,8 +1,9 @@
 """Which query rows read which keys: a mask turned, once and on the host, into calls of a dense attention kernel.
 
-A `Plan` is a list of segments. A segment is a set of query rows that all see the same keys; these keys are its pieces, each a
-slice (or, for scattered keys, an index) of one key source. Rows that see nothing are in no segment, and keys that nobody sees
-are in no piece: they are never read. All pieces are full rectangles but causal squares, row i of which sees keys 0 to i.
+A `Plan` is a list of segments. A segment is a set of query rows that all see the same keys; these keys are its pieces,
+each a slice (or, for scattered keys, an index) of one key source. Rows that see nothing are in no segment, and keys
+that nobody sees are in no piece: they are never read. All pieces are full rectangles but causal squares, row i of which
+sees keys 0 to i.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_PLANS = 16  # kept on one mask object: one for each set of shapes that it is
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """A rectangle of a tensor [rows, columns, ...]: rows [row, end_row), and in each the same slice or index of columns."""
+    """A part of a tensor [rows, columns, ...]: rows [row, end_row), and in each the same slice or index of columns."""
 
     row: int
     end_row: int
@@ -41,7 +42,7 @@ class Span:
         return (self.end_row - self.row) * self.width
 
     def take(self, x: Tensor) -> Tensor:
-        """This part of `x`: a view, or a copy where the columns are an index."""
+        """The part of `x`: a view, or a copy where the columns are an index."""
         if self.whole:
             return x
         x = x.narrow(0, self.row, self.end_row - self.row)
@@ -50,7 +51,7 @@ class Span:
         return x.narrow(1, self.columns[0], self.columns[1] - self.columns[0])
 
     def write(self, total: Tensor, part: Tensor) -> None:
-        """Set this part of `total`."""
+        """Set the part of `total`."""
         total = total.narrow(0, self.row, self.end_row - self.row)
         if isinstance(self.columns, Tensor):
             total.index_copy_(1, self.columns, part.to(total.dtype))
@@ -58,7 +59,7 @@ class Span:
             total.narrow(1, self.columns[0], self.columns[1] - self.columns[0]).copy_(part)
 
     def add(self, total: Tensor, part: Tensor) -> None:
-        """Add to this part of `total`."""
+        """Add to the part of `total`."""
         total = total.narrow(0, self.row, self.end_row - self.row)
         if isinstance(self.columns, Tensor):
             # The index holds no column twice, so the result does not depend on the order of the additions.
@@ -124,8 +125,9 @@ class Shapes(NamedTuple):
 def plan_for(mask: Mask | None, kv_index: Tensor | None, shapes: Shapes, device: torch.device) -> Plan:
     """The plan of this call, made at its first use.
 
-    The plan of a mask that holds tensors is kept on the mask, or on its media part where it has no other, so that a `Mask` made
-    anew in each layer around one media object costs nothing. Without such tensors, plans are kept by their settings.
+    The plan of a mask that holds tensors is kept on the mask, or on its media part where it has no other, so that a
+    `Mask` made anew in each layer around one media object costs nothing. Without such tensors, plans are kept by
+    their settings.
     """
     tensors = () if mask is None else mask.tensors()
     if mask is None or not tensors:
@@ -160,7 +162,9 @@ def _build(mask: Mask, kv_index: Iterable[int] | None, shapes: Shapes, device: t
     mask.check(shapes.batch, shapes.queries, shapes.keys)
     key_row_of = key_rows_of(kv_index, shapes.batch, shapes.key_rows)
     # A second source with a row of its own for each batch row, where the first has fewer rows.
-    own_extra = shapes.extra_keys > 0 and shapes.extra_rows == shapes.batch and shapes.extra_rows not in (1, shapes.key_rows)
+    own_extra = (
+        shapes.extra_keys > 0 and shapes.extra_rows == shapes.batch and shapes.extra_rows not in (1, shapes.key_rows)
+    )
 
     # Batch rows by (what is seen, by which rows), so that equal rows of neighbouring batch rows become one call.
     groups: dict[tuple[Visible, tuple[Interval, ...]], list[int]] = {}
@@ -190,7 +194,9 @@ def _build(mask: Mask, kv_index: Iterable[int] | None, shapes: Shapes, device: t
                 keys = _span(key_row, end_key_row, square, shapes.key_rows, shapes.keys, device)
                 pieces.append(Piece(0, keys, causal=True))
             if shapes.extra_keys:
-                source_rows = (0, 1) if shapes.extra_rows == 1 else (first, end) if own_extra else (key_row, end_key_row)
+                source_rows = (
+                    (0, 1) if shapes.extra_rows == 1 else (first, end) if own_extra else (key_row, end_key_row)
+                )
                 everything = ((0, shapes.extra_keys),)
                 pieces.append(Piece(1, _span(*source_rows, everything, shapes.extra_rows, shapes.extra_keys, device)))
             segments.append(Segment(_span(first, end, rows, shapes.batch, shapes.queries, device), tuple(pieces)))

@@ -1,17 +1,18 @@
 """The definition of `attention` in PyTorch: a plan's segments run one after another, and their pieces merged.
 
-No tensor here has a size of queries x keys beyond the bounded blocks of `dense`: neither the mask nor the scores, and the two
-key sources are never concatenated. On a CPU each piece is one call of torch's flash kernel.
+No tensor here has a size of queries x keys beyond the bounded blocks of `dense`: neither the mask nor the scores, and
+the two key sources are never concatenated. On a CPU each piece is one call of torch's flash kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from . import dense
 from .dense import Dropout, compute_dtype
@@ -100,9 +101,7 @@ def gradients(
         for piece in segment.pieces:
             k, v = _read(piece, sources, wide)
             piece_scale = 0.0 if piece.uniform else scale
-            part, dk, dv = dense.backward(
-                rows_grad, rows, k, v, rows_out, rows_lse, piece_scale, piece.causal, dropout
-            )
+            part, dk, dv = dense.backward(rows_grad, rows, k, v, rows_out, rows_lse, piece_scale, piece.causal, dropout)
             rows_dq = part if rows_dq is None else rows_dq + part
             if not piece.uniform:
                 piece.keys.add(totals[piece.source][0], dk)
@@ -112,24 +111,36 @@ def gradients(
     return dq, [total.to(q.dtype) for pair in totals for total in pair]
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast: the inputs have their dtype already, and what follows is wide on purpose."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class Attention(torch.autograd.Function):
     """Attention with a backward of its own. Saved: the inputs, the output, its logsumexp, and the dropout seed."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, plan: Plan, scale: float, dropout_p: float, seed: int, q: Tensor, *flat: Tensor
-    ) -> Tensor:
-        with _no_autocast(q):
-            out, lse = run(plan, q, _pairs(flat), scale, dropout_p, seed)
+    def forward(ctx: Any, plan: Plan, scale: float, dropout_p: float, seed: int, q: Tensor, *flat: Tensor) -> Tensor:
+        """The output; `flat` is k, v and, where there is a second source, extra_k, extra_v."""
+        with without_autocast(q.device.type):
+            out, lse = run(plan, q, pairs(flat), scale, dropout_p, seed)
         ctx.save_for_backward(q, *flat, out, lse)
         ctx.settings = plan, scale, dropout_p, seed
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the tensors, and None for the rest."""
         q, *flat, out, lse = ctx.saved_tensors
         plan, scale, dropout_p, seed = ctx.settings
-        with _no_autocast(q):
-            dq, rest = gradients(plan, grad, q, _pairs(flat), out, lse, scale, dropout_p, seed)
+        with without_autocast(q.device.type):
+            dq, rest = gradients(plan, grad, q, pairs(flat), out, lse, scale, dropout_p, seed)
         return None, None, None, None, dq, *rest
+
+
+def pairs(flat: Sequence[Tensor]) -> tuple[Source, ...]:
+    """k, v, extra_k, extra_v as sources."""
+    return tuple(zip(flat[::2], flat[1::2], strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple, TypeVar
 
 from .masks import WORD_BITS, Mask, MediaRanges, MediaSubsets
@@ -18,7 +18,9 @@ class Visible(NamedTuple):
     """What every row of a run of query rows sees of the first key source."""
 
     full: Intervals  # keys that the whole run sees
-    square: int | None = None  # first key of a causal square as wide as the run is long: row i of the run sees i + 1 keys of it
+    square: int | None = (
+        None  # first key of a causal square as wide as the run is long: row i of the run sees i + 1 keys of it
+    )
     uniform: bool = False  # the scores are all one constant, so the output is the mean of V over `full`
 
 
@@ -30,7 +32,7 @@ def runs_by_batch(mask: Mask, batch: int, queries: int, keys: int) -> Iterator[t
     """(batch rows, their runs), in order; batch rows that the mask cannot tell apart come together.
 
     Raises:
-        ValueError: negative image indices, or bits set for images that do not exist.
+        ValueError: bits set for images that do not exist.
     """
     if queries == 0 or batch == 0:
         return
@@ -67,7 +69,9 @@ def _media_runs(media: MediaRanges | MediaSubsets, keys: int) -> list[Runs]:
         def subset(words: tuple[int, ...]) -> Visible:
             bits = sum((word % (1 << WORD_BITS)) << (WORD_BITS * i) for i, word in enumerate(words))
             if bits >> images:
-                raise ValueError(f"MediaSubsets.words shows image {bits.bit_length() - 1}, but there are {images} images")
+                raise ValueError(
+                    f"MediaSubsets.words shows image {bits.bit_length() - 1}, but there are {images} images"
+                )
             seen = _true_intervals(bits >> j & 1 for j in range(images))
             return Visible(tuple((first * tokens, last * tokens) for first, last in seen))
 
@@ -78,13 +82,10 @@ def _media_runs(media: MediaRanges | MediaSubsets, keys: int) -> list[Runs]:
     @functools.cache
     def between(bounds: tuple[int, int]) -> Visible:
         first, last = bounds
-        if first >= last:
-            return NOTHING
-        if first < 0:
-            raise ValueError(f"MediaRanges has the range [{first}, {last}); images are numbered from 0")
-        if first >= images:
-            return Visible(((0, keys),), uniform=True) if mean else NOTHING
-        return Visible(((first * tokens, min(last, images) * tokens),))
+        if mean and images <= first < last:
+            return Visible(((0, keys),), uniform=True)
+        first, last = max(first, 0), min(last, images)
+        return Visible(((first * tokens, last * tokens),)) if first < last else NOTHING
 
     both = zip(media.first.tolist(), media.last.tolist(), strict=True)
     return [_runs(zip(first, last, strict=True), between) for first, last in both]
@@ -108,7 +109,7 @@ def _causal(run: tuple[Interval, Visible], offset: int, prefix: int) -> Runs:
     edges = {edge - offset for interval in visible.full for edge in interval} | {prefix - offset}
     cuts = [start, *sorted(edge for edge in edges if start < edge < end), end]
     runs: Runs = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         limit = max(first + offset, prefix)  # every row of this run sees the keys below it
         full = _intersect(visible.full, ((0, limit),))
         grows = first + offset >= prefix and any(a <= limit < b for a, b in visible.full)
@@ -137,9 +138,10 @@ def _intersect(left: Intervals, right: Intervals) -> Intervals:
 
 
 def key_blocks(batch_rows: list[int], key_row_of: list[int], own_rows: bool) -> Iterator[tuple[int, int, int, int]]:
-    """Split ascending batch rows into (batch, end_batch, key row, end key row) with a constant number of rows to a key row.
+    """Split ascending batch rows into blocks (batch, end_batch, key row, end key row) with equally many rows a key row.
 
-    Row `batch + i` of a block reads key row `key row + i // fold`, fold = batch rows / key rows. With `own_rows` the fold is 1.
+    Row `batch + i` of a block reads key row `key row + i // fold`, where fold = batch rows / key rows of the block.
+    With `own_rows` the fold is 1.
     """
     # One entry per stretch of neighbouring batch rows that read the same key row.
     stretches: list[tuple[int, int, int]] = []

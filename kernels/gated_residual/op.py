@@ -32,11 +32,11 @@ def check_gate(residual: Tensor, gate: Tensor | None, row_mask: Tensor | None) -
 
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
-    """residual + tanh(gate) * branch, with the branch of masked rows left out.
+    """Gated residual: residual + tanh(gate) * branch, with the branch of masked rows left out.
 
     Flamingo's tanh gating (Alayrac et al. 2022, figure 4): `attn(x) * attn_gate.tanh() + x` of open_flamingo's
-    `GatedCrossAttentionBlock`, and `alpha_cross_attn` and `alpha_dense` of transformers' `IdeficsGatedCrossAttentionLayer`,
-    which leaves out the attention of tokens that see no image.
+    `GatedCrossAttentionBlock`, and `alpha_cross_attn` and `alpha_dense` of transformers'
+    `IdeficsGatedCrossAttentionLayer`, which leaves out the attention of tokens that see no image.
 
     Args:
         residual: [..., D], floating point, any strides (stride 0 is fine).
@@ -46,14 +46,14 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, row_mask: Ten
             `branch` holds there (NaN too), and pass no gradient to `branch` or `gate`. None means all True.
 
     Returns:
-        [..., D] in the promoted dtype of `residual` and `branch` (an fp32 gate does not widen a bf16 sum). tanh is taken in fp32 (fp64
-        for an fp64 gate), and the sum is rounded once.
+        [..., D] in the promoted dtype of `residual` and `branch` (an fp32 gate does not widen a bf16 sum). tanh is
+        taken in fp32 (fp64 for an fp64 gate) and rounded to that dtype, and the sum is rounded once.
 
     Saved for backward: `branch`, `gate` and `row_mask`.
 
     Raises:
-        ValueError: a branch of another shape than the residual, a gate with neither 1 nor D values, or a row_mask that is not
-            bool or not of the residual's leading shape.
+        ValueError: a branch of another shape than the residual, a gate with neither 1 nor D values, or a row_mask that
+            is not bool or not of the residual's leading shape.
     """
     check_same_shape("branch", branch, "residual", residual.shape)
     check_gate(residual, gate, row_mask)

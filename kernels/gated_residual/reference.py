@@ -14,10 +14,10 @@ def mask_rows(branch: Tensor, row_mask: Tensor | None) -> Tensor:
 
 
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor:
-    """residual + tanh(gate) * (row_mask ? branch : 0), rounded once; tanh in fp32."""
+    """Compute residual + tanh(gate) * (row_mask ? branch : 0), rounded once, with tanh in fp32."""
     branch = mask_rows(branch, row_mask)
     scalar = gate.numel() == 1
-    if scalar and gate.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if scalar and gate.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # One op instead of four: 1.9 us against 5.2 us below and 3.5 us for `branch * gate.tanh() + residual` (one row
         # of 2048 in bf16). A decode step does this twice a layer.
         return torch.add(residual, branch, alpha=math.tanh(gate.item()))

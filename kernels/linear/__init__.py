@@ -1,7 +1,16 @@
 """GEMMs with a norm before them, or an activation, gate, residual or norm after; and stacked GEMMs."""
 
 from .activations import ACTIVATIONS
+from .grouped import grouped_linear
 from .op import linear_residual, norm_linear
 from .stacked import StackedWeight, stack_weights, stacked_linear
 
-__all__ = ["ACTIVATIONS", "StackedWeight", "linear_residual", "norm_linear", "stack_weights", "stacked_linear"]
+__all__ = [
+    "ACTIVATIONS",
+    "StackedWeight",
+    "grouped_linear",
+    "linear_residual",
+    "norm_linear",
+    "stack_weights",
+    "stacked_linear",
+]

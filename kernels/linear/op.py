@@ -18,12 +18,12 @@ _LINEAR_RESIDUAL = {"torch": reference.linear_residual}
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Raise ValueError unless `weight` [N, K] and `bias` [N] fit `x` [..., K]."""
-    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{prefix}weight has shape {tuple(weight.shape)}, but x has shape {tuple(x.shape)}: expected [N, K] with K the last "
-            f"dimension of x (a packed or quantised weight does not fit; call its module instead)"
+            f"{prefix}weight has shape {tuple(weight.shape)}, but x has shape {tuple(x.shape)}: expected [N, K] with K "
+            f"the last dimension of x (a packed or quantised weight does not fit; call its module instead)"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(
             f"{prefix}bias has shape {tuple(bias.shape)}, but {prefix}weight has shape {tuple(weight.shape)}: "
             f"expected ({weight.shape[0]},)"
@@ -42,18 +42,19 @@ def norm_linear(
 ) -> Tensor:
     """act(norm(x) W^T + b), or with a gated activation act(norm(x) Wg^T + bg) * (norm(x) W^T + b).
 
-    The first half of a pre-norm feed-forward network (`FeedForward` of open_flamingo: LayerNorm, Linear, GELU), of a gated
-    one (`IdeficsMLP`, `LlamaMLP`: "swiglu" with gate_proj as `gate_weight` and up_proj as `weight`; Shazeer 2020, eq. 5 to
-    6), and a pre-norm query projection. The norm is computed once, also for a gated activation.
+    The first half of a pre-norm feed-forward network (`FeedForward` of open_flamingo: LayerNorm, Linear, GELU), of a
+    gated one (`IdeficsMLP`, `LlamaMLP`: "swiglu" with gate_proj as `gate_weight` and up_proj as `weight`; Shazeer 2020,
+    eq. 5 and 6), and a pre-norm query projection. The norm is computed once, also for a gated activation.
 
     Args:
         x: [..., K], floating point, any strides; any number of rows, 0 too.
         weight: [N, K], as `torch.nn.Linear` keeps it, in the dtype of `x` (as for `F.linear`; under autocast any).
         bias: [N] or None.
         norm: applied to `x` first, with fp32 statistics; its parameters may have another dtype.
-        activation: None or a name in `ACTIVATIONS`: "gelu" (with erf), "gelu_tanh", "quick_gelu", "relu", "squared_relu",
-            "silu", or gated: "swiglu", "geglu".
-        gate_weight, gate_bias: [N, K] and [N], for a gated activation only.
+        activation: None or a name in `ACTIVATIONS`: "gelu" (with erf), "gelu_tanh", "quick_gelu", "relu",
+            "squared_relu", "silu", or gated: "swiglu", "geglu".
+        gate_weight: [N, K], for a gated activation only.
+        gate_bias: [N] or None, for a gated activation only.
 
     Returns:
         [..., N], in the dtype that `F.linear` gives.
@@ -68,11 +69,13 @@ def norm_linear(
     if norm is not None:
         check_norm(x, norm.weight, norm.bias)
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; expected None or one of {', '.join(map(repr, ACTIVATIONS))}")
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"unknown activation {activation!r}; expected None or one of {known}")
     if activation in GATED_ACTIVATIONS:
         if gate_weight is None:
             raise ValueError(
-                f"activation {activation!r} needs gate_weight with the shape of weight, {tuple(weight.shape)}, but got None"
+                f"activation {activation!r} needs a gate_weight with the shape of weight, {tuple(weight.shape)}, "
+                f"but got None"
             )
         if gate_weight.shape != weight.shape:
             raise ValueError(
@@ -101,11 +104,12 @@ def linear_residual(
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    """residual + tanh(gate) * row_mask * dropout(x W^T + b), or norm(residual + dropout(x W^T + b)).
+    """Compute residual + tanh(gate) * row_mask * dropout(x W^T + b), or norm(residual + dropout(x W^T + b)).
 
-    The second half of a block. Without `norm`: the output projections of Flamingo's gated block (Alayrac et al. 2022, figure 4;
-    `GatedCrossAttentionBlock` of open_flamingo, `IdeficsGatedCrossAttentionLayer`, with `gate`) and of every other pre-norm block
-    (without). With `norm`: the post-norm edge of a BERT block (`BertSelfOutput`, `BertOutput`, and the Q-Former's).
+    The second half of a block. Without `norm`: the output projections of Flamingo's gated block (Alayrac et al. 2022,
+    figure 4; `GatedCrossAttentionBlock` of open_flamingo, `IdeficsGatedCrossAttentionLayer`, with `gate`) and of every
+    other pre-norm block (without). With `norm`: the post-norm edge of a BERT block (`BertSelfOutput`, `BertOutput`, and
+    the Q-Former's).
 
     Args:
         x: [..., K], floating point, any strides; any number of rows, 0 too.
@@ -122,25 +126,25 @@ def linear_residual(
         [..., N] in the promoted dtype of `residual` and of what `F.linear` gives; rounded as `gated_residual` and
         `layer_norm` round.
 
-    Saved for backward: `x`, `weight`, the dropout mask; with `gate`, the branch, `gate` and `row_mask`; with `norm`, its
-    input, mean and rstd.
+    Saved for backward: `x`, `weight`, the dropout mask; with `gate`, the branch, `gate` and `row_mask`; with `norm`,
+    its input, mean and rstd.
 
     Raises:
         ValueError: shapes that do not fit, `gate` or `row_mask` together with `norm`, or a dropout_p outside [0, 1].
     """
     check_linear(x, weight, bias)
-    expected = (*x.shape[:-1], weight.shape[0])
-    if residual.shape != expected:
+    if residual.shape[:-1] != x.shape[:-1] or residual.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, but x with shape {tuple(x.shape)} and weight with shape "
-            f"{tuple(weight.shape)} give {expected}; the two must be equal (expand a residual that is shared)"
+            f"{tuple(weight.shape)} give {(*x.shape[:-1], weight.shape[0])}; the two must be equal (expand a residual "
+            f"that is shared)"
         )
     if norm is None:
         check_gate(residual, gate, row_mask)
     elif gate is not None or row_mask is not None:
-        raise ValueError("norm (post-norm) excludes gate and row_mask; pass norm alone, or gate and row_mask without it")
+        raise ValueError("norm (post-norm) excludes gate and row_mask; pass norm alone, or the other two without it")
     else:
-        check_norm(residual, norm.weight, norm.bias)
+        check_norm(residual, norm.weight, norm.bias, "residual")
     check_dropout(dropout_p)
     implementation = _LINEAR_RESIDUAL[runtime.choose("linear_residual", x)]
     return implementation(x, weight, bias, residual, gate, row_mask, norm, dropout_p, seed)

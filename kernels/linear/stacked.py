@@ -49,9 +49,10 @@ def stack_weights(
 ) -> StackedWeight:
     """The layers' weights as one, with the affine part of the norm before each folded in.
 
-    norm_i(x) W_i^T + b_i = xhat (W_i diag(g_i))^T + (b_i + W_i beta_i), where xhat is x normalised without an affine part,
-    which is the same for all layers. So one normalisation and one GEMM serve, for example, the keys and values of all
-    layers of a Perceiver resampler (`norm_media` and `to_kv` of open_flamingo's `PerceiverAttention`). Exact but for rounding.
+    norm_i(x) W_i^T + b_i = xhat (W_i diag(g_i))^T + (b_i + W_i beta_i), where xhat is x normalised without an affine
+    part, which is the same for all layers. So one normalisation and one GEMM serve, for example, the keys and values of
+    all layers of a Perceiver resampler (`norm_media` and `to_kv` of open_flamingo's `PerceiverAttention`). Exact but
+    for rounding.
 
     Args:
         weights: W_i [N_i, K], of one dtype and device.
@@ -60,16 +61,17 @@ def stack_weights(
             eps, because one normalisation has to serve them all. None folds nothing.
 
     Returns:
-        A `StackedWeight` with weight [sum N_i, K] and bias [sum N_i] in the dtype of `weights`; bias is None where neither `biases` nor
-        a norm's bias gives one (so an RMS norm makes none). The fold is computed in fp32 (fp64 for fp64 weights) and
-        rounded once. Nothing is shared with the inputs. Differentiable with respect to every weight, bias, norm weight and
-        norm bias:
+        A `StackedWeight` with weight [sum N_i, K] and bias [sum N_i] in the dtype of `weights`; bias is None where
+        neither `biases` nor a norm's bias gives one (so an RMS norm makes none). The fold is computed in fp32 (fp64 for
+        fp64 weights) and rounded once. It shares no memory with the inputs. Differentiable with respect to every
+        weight, bias, norm weight and norm bias:
             dW_i = dW diag(g_i) + db beta_i^T,  dg_i = column sums of dW * W_i,  dbeta_i = W_i^T db,  db_i = db.
 
     Saved for backward: the weights, and the norms' weights and biases.
 
     Raises:
-        ValueError: no weights, sequences of different lengths, shapes, dtypes that do not fit, or norms that differ in kind or eps.
+        ValueError: no weights, sequences of different lengths, shapes or dtypes that do not fit, or norms that differ
+            in kind or eps.
     """
     biases = [None] * len(weights) if biases is None else biases
     norms = [None] * len(weights) if norms is None else norms
@@ -77,8 +79,8 @@ def stack_weights(
     first = weights[0]
     # Folding is arithmetic on parameters: autocast must not lower it.
     device = first.device.type
-    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    with plain:
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
         folded = [_fold(w, b, norm) for w, b, norm in zip(weights, biases, norms, strict=True)]
         weight = torch.cat([w for w, _ in folded])
         if all(b is None for _, b in folded):
@@ -120,12 +122,12 @@ def _check_stack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], nor
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias {i} has shape {tuple(bias.shape)}, but weight {i} has shape {tuple(weight.shape)}")
         if norm is not None:
-            check_norm(weight, norm.weight, norm.bias)
+            check_norm(weight, norm.weight, norm.bias, f"weight {i}")
     kinds = {(norm.kind, norm.eps) for norm in norms if norm is not None}
     if len(kinds) > 1:
         raise ValueError(
-            f"one normalisation serves all stacked layers, so their norms must agree in kind and eps, but got {sorted(kinds)}; "
-            f"stack only those that agree"
+            f"one normalisation serves all stacked layers, so their norms must agree in kind and eps, but got "
+            f"{sorted(kinds)}; stack only those that agree"
         )
 
 
@@ -135,11 +137,12 @@ def stacked_linear(x: Tensor, stacked: StackedWeight, *, norm: Norm | None = Non
     Args:
         x: [..., K], floating point, any strides; any number of rows, 0 too.
         stacked: from `stack_weights`, in the dtype of `x` (under autocast any).
-        norm: applied to `x` once, for all layers. Where `stack_weights` folded the layers' norms in, pass the same kind and
-            eps without weight and bias.
+        norm: applied to `x` once, for all layers. Where `stack_weights` folded the layers' norms in, pass the same kind
+            and eps without weight and bias.
 
     Returns:
-        For each layer [..., N_i], views of one buffer [..., sum N_i]: the last dimension is contiguous, rows are sum N_i apart.
+        For each layer [..., N_i], views of one buffer [..., sum N_i]: the last dimension is contiguous, and rows are
+        sum N_i apart.
 
     Saved for backward: `x` with mean and rstd, norm(x), and the stacked weight.
 

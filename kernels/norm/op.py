@@ -42,13 +42,13 @@ class Norm:
             raise ValueError("an RMS norm has no bias, but one was given; pass bias=None or kind='layer_norm'")
 
 
-def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, name_of_x: str = "x") -> None:
     """Raise ValueError unless the affine parameters are vectors as long as the last dimension of `x`."""
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != x.shape[-1:]:
             raise ValueError(
-                f"the norm {name} has shape {tuple(parameter.shape)}, but x has shape {tuple(x.shape)}: "
-                f"expected ({x.shape[-1] if x.dim() else '?'},), one value for each element of the last dimension"
+                f"the norm {name} has shape {tuple(parameter.shape)}, but {name_of_x} has shape {tuple(x.shape)}: "
+                f"expected {tuple(x.shape[-1:])}, one value for each element of the last dimension"
             )
 
 
@@ -84,17 +84,18 @@ def layer_norm(
 
     Args:
         x: [..., D], floating point, any strides.
-        weight, bias: [D] or None. Their dtype may differ from that of `x` (fp32 norms in a bf16 model).
+        weight: [D] or None. Its dtype may differ from that of `x` (fp32 norms in a bf16 model).
+        bias: as `weight`.
         eps: added to the variance.
         residual: shape of `x`, or None. Added after the dropout; its dtype may differ (torch's promotion applies).
-        dropout_p: probability with which elements of `x` are zeroed, in [0, 1]. 0 means no dropout: pass 0 in evaluation.
+        dropout_p: probability with which elements of `x` are zeroed, in [0, 1]; pass 0 in evaluation.
         seed: the dropout pattern is a function of the seed and the backend; None draws from torch's default generator.
 
     Returns:
-        [..., D], contiguous, in the promoted dtype of `x` and `residual` (never that of the parameters). Mean and variance are
+        [..., D] in the promoted dtype of `x` and `residual` (never that of the parameters). Mean and variance are
         accumulated in fp32 (fp64 for fp64 inputs). Under autocast the dtype is what `F.layer_norm` gives there.
 
-    Saved for backward: the normalised sum's input, mean and rstd (fp32), and the dropout mask.
+    Saved for backward: residual + dropout(x), its mean and rstd (fp32), `weight`, and the dropout mask.
 
     Raises:
         ValueError: parameters that are not [D], a residual of another shape, or a dropout_p outside [0, 1].
@@ -117,17 +118,21 @@ def rms_norm(
 ) -> Tensor:
     """RMS norm of residual + dropout(x) over the last dimension (Zhang and Sennrich 2019, eq. 4).
 
-    `LlamaRMSNorm` and `IdeficsRMSNorm` of transformers, except that a 16-bit result is rounded once, after the multiplication
-    with `weight`, where those round before it as well, and that it keeps the dtype of `x` beside an fp32 `weight`.
+    `LlamaRMSNorm` and `IdeficsRMSNorm` of transformers, except that a 16-bit result is rounded once, after the
+    multiplication with `weight`, where those round before it as well, and that it keeps the dtype of `x` beside an fp32
+    `weight`.
 
     Args:
         x: [..., D], floating point, any strides.
         weight: [D] or None, in any floating-point dtype.
         eps: added to the mean square.
-        residual, dropout_p, seed: as in `layer_norm`.
+        residual: as in `layer_norm`.
+        dropout_p: as in `layer_norm`.
+        seed: as in `layer_norm`.
 
     Returns:
-        [..., D] in the promoted dtype of `x` and `residual`. The mean square is accumulated in fp32 (fp64 for fp64 inputs).
+        [..., D] in the promoted dtype of `x` and `residual`. The mean square is accumulated in fp32 (fp64 for fp64
+        inputs).
 
     Saved for backward: the sum and its rsqrt(mean square) in fp32, `weight`, and the dropout mask.
 

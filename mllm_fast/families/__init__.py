@@ -30,6 +30,9 @@ class Entry:
             `fused_state(module, options, context) -> FusedState` that raises `CannotFuseError` where it cannot serve.
         ops: the public ops its forward runs.
         min_level: the fuse level from which the class is swapped.
+
+    An entry without ops is a wrapper: its forward prepares and calls `super().forward`, so that a subclass may have a
+    forward of its own.
     """
 
     upstream: str
@@ -86,6 +89,33 @@ _ENTRIES = (
         (),
         1,
     ),
+    Entry(
+        "transformers.models.blip.modeling_blip_text.BlipTextLayer",
+        "blip",
+        "FusedBlipTextLayer",
+        ("stacked_linear", "attention", "linear_residual", "norm_linear"),
+    ),
+    Entry("transformers.models.blip.modeling_blip_text.BlipTextModel", "blip", "FusedBlipTextModel", ()),
+    Entry("transformers.models.blip.modeling_blip_text.BlipTextLMHeadModel", "blip", "FusedBlipTextLMHeadModel", (), 1),
+    Entry(
+        "transformers.models.blip.modeling_blip_text.BlipTextLMPredictionHead",
+        "blip",
+        "FusedBlipTextLMPredictionHead",
+        ("norm_linear",),
+    ),
+    Entry(
+        "transformers.models.blip.modeling_blip.BlipForImageTextRetrieval",
+        "blip",
+        "FusedBlipForImageTextRetrieval",
+        (),
+        1,
+    ),
+    Entry(
+        "transformers.models.blip.modeling_blip.BlipAttention",
+        "blip",
+        "FusedBlipAttention",
+        ("norm_linear", "attention"),
+    ),
 )
 REGISTRY = {entry.upstream: entry for entry in _ENTRIES}
 
@@ -96,6 +126,7 @@ FIXES = {
     "missing_media_locations": "a block without media_locations lets every token see every image",
     "num_return_sequences": "several returned sequences per sample share the sample's images",
     "masked_row_gradients": "eager fp16 gradients of rows that see no image are 0 instead of NaN",
+    "encoder_attention_mask": "BLIP's cross-attention hides the padding that this mask names instead of ignoring it",
 }
 
 
@@ -108,7 +139,7 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def dropin_class(module: nn.Module, dropin: type[nn.Module], upstream_path: str) -> type[nn.Module]:
+def dropin_class(module: nn.Module, dropin: type[nn.Module], entry: Entry) -> type[nn.Module]:
     """The class to give to `module`: the drop-in itself, or a mix with the module's own subclass of the upstream class.
 
     A subclass made at run time (FSDP2's, OpenFlamingo's extended language models) keeps what it adds.
@@ -117,11 +148,11 @@ def dropin_class(module: nn.Module, dropin: type[nn.Module], upstream_path: str)
         CannotFuseError: the subclass has a forward of its own, which a drop-in would silently replace.
     """
     own = type(module)
-    upstream = next(cls for cls in own.__mro__ if class_path(cls) == upstream_path)
+    upstream = next(cls for cls in own.__mro__ if class_path(cls) == entry.upstream)
     if own is upstream:
         return dropin
     # transformers wraps the forward of every subclass of a checkpointing layer; below the wrapper it is the same one.
-    if inspect.unwrap(own.forward) is not inspect.unwrap(upstream.forward):
+    if entry.ops and inspect.unwrap(own.forward) is not inspect.unwrap(upstream.forward):
         raise CannotFuseError(f"{own.__qualname__} overrides the forward of {upstream.__qualname__}")
     mixed = type(own.__name__, (dropin, own), {"__module__": dropin.__module__})
     mixed.__qualname__ = f"Fused{own.__qualname__}"

@@ -21,6 +21,7 @@ from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import LayerNames, PerceiverResamplerSpec, resample
 from ..modules.state import FusedState, Options
 from . import CannotFuseError, named_like_upstream, state_of
+from ._transformers import model_dropin
 
 # The keyword by which a fused IdeficsModel hands its layers the [batch, length, images] mask it was given.
 MEDIA_MASK = "mllm_fast_media_mask"
@@ -75,18 +76,17 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
     ) -> Tensor:
         """As upstream: hidden_states [B, S, D], image_hidden_states [B_media, images * tokens, D_image].
 
-        Inside a fused `IdeficsModel` the layer is told which images each token sees. Called by itself it knows only the
-        dense mask of the caller, so upstream's attention runs and the rest is fused around it.
+        Inside a fused `IdeficsModel` the layer is told which images each token sees. Called by itself it reads that off
+        the caller's dense mask.
         """
         media_mask = kwargs.pop(MEDIA_MASK, None)
         bypassed = (self.act_cross_attn, self.act_dense, self.mlp, self.mlp.act_fn)
-        if image_hidden_states is None or cross_attention_gate is None or past_key_values is not None:
-            bypassed = None  # upstream says what is missing
-        if bypassed is None or any(children.hooked(child) for child in bypassed):
+        missing = image_hidden_states is None or cross_attention_gate is None or past_key_values is not None
+        if missing or any(children.hooked(child) for child in bypassed):
             if media_mask is not None and image_hidden_states is not None:
                 image_attention_mask = _dense_mask(media_mask, image_hidden_states)
                 image_hidden_states = _one_row_each(image_hidden_states, hidden_states.shape[0])
-            return super().forward(
+            return super().forward(  # which also says what is missing
                 hidden_states,
                 attention_mask,
                 image_hidden_states,
@@ -98,14 +98,20 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
         state, spec = self._mllm_fast, self._mllm_fast.spec
         # Upstream stores config.dropout, a float, under the name `config`.
         dropout_p = self.config if self.training else 0.0
-        if media_mask is None or children.hooked(self.cross_attn):
+        seen = None
+        if not children.hooked(self.cross_attn) and not self._reproduces_eager_fp16(hidden_states):
+            if media_mask is not None:
+                seen = _seen_images(state.shared, image_hidden_states, media_mask)
+            else:
+                seen = _seen_tokens(state.shared, image_hidden_states, image_attention_mask, cross_attention_gate)
+        if seen is None:
             if media_mask is not None:
                 image_attention_mask = _dense_mask(media_mask, image_hidden_states)
             hidden_states = self._attend_upstream(
                 hidden_states, image_hidden_states, image_attention_mask, cross_attention_gate, dropout_p, kwargs
             )
         else:
-            media, visibility = _visible(state.shared, image_hidden_states, media_mask)
+            media, visibility = seen
             hidden_states = gated_attention(
                 self,
                 spec,
@@ -119,6 +125,15 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
             )
         return gated_ffn(self, spec, hidden_states, dropout_p)
 
+    def _reproduces_eager_fp16(self, hidden_states: Tensor) -> bool:
+        """Eager fp16 attention has NaN gradients in rows that see no image; without the fix they stay NaN."""
+        return (
+            hidden_states.dtype == torch.float16
+            and torch.is_grad_enabled()
+            and self.cross_attn.config._attn_implementation == "eager"
+            and not self._mllm_fast.fixes("masked_row_gradients")
+        )
+
     def _attend_upstream(
         self,
         hidden_states: Tensor,
@@ -128,10 +143,6 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
         dropout_p: float,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        seen = gate != 0
-        if mask is not None and self._mllm_fast.fixes("masked_row_gradients"):
-            # Rows that see nothing are zeroed below; unmasked, their softmax cannot overflow to NaN in fp16.
-            mask = mask.masked_fill(~seen[:, None, :, None], 0.0)
         attended, _ = self.cross_attn(
             hidden_states=children.normalize(hidden_states, self.input_layernorm),
             key_value_states=_one_row_each(image_hidden_states, hidden_states.shape[0]),
@@ -139,22 +150,44 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
             **kwargs,
         )
         attended = nn.functional.dropout(attended, dropout_p, dropout_p > 0)
-        return ops.gated_residual(hidden_states, attended, self.alpha_cross_attn, seen)
+        return ops.gated_residual(hidden_states, attended, self.alpha_cross_attn, gate != 0)
 
 
-def _visible(context: MediaContext, image_hidden_states: Tensor, media_mask: Tensor) -> tuple[Tensor, MediaSubsets]:
-    """The media as [B_media, images, tokens, D], and who sees which image."""
+def _seen_images(
+    context: MediaContext, image_hidden_states: Tensor, media_mask: Tensor
+) -> tuple[Tensor, MediaSubsets]:
+    """The media as [B_media, images, tokens, D], and who sees which image, from the [B, S, images] mask."""
     images, length = media_mask.shape[-1], image_hidden_states.shape[1]
-    if images == 0 or length % images:
-        raise ValueError(
-            f"image_attention_mask names {images} images but there are {length} image tokens, which is no multiple of "
-            "it: give the mask one column per image"
-        )
     tokens = length // images
-    visibility = context.visibility(
-        media_mask, ("idefics", tokens), lambda: MediaSubsets.from_mask(media_mask, tokens)
-    )
-    return image_hidden_states.unflatten(1, (images, tokens)), visibility
+    seen = context.visibility(media_mask, ("images", tokens), lambda: MediaSubsets.from_mask(media_mask, tokens))
+    return image_hidden_states.unflatten(1, (images, tokens)), seen
+
+
+def _seen_tokens(
+    context: MediaContext, image_hidden_states: Tensor, mask: Tensor | None, gate: Tensor
+) -> tuple[Tensor, MediaSubsets | None] | None:
+    """The same for a layer that is called by itself, from the caller's dense [B, 1, S, keys] mask: each key is an image.
+
+    None where upstream's attention has to run: the mask holds other numbers than 0 and the lowest of its type, or a row
+    that sees nothing is not switched off by the gate (upstream then attends to everything). To find out means to read
+    the mask, which a GPU would have to be waited for.
+    """
+    media = image_hidden_states.unsqueeze(2)
+    if mask is None:
+        return media, None
+    if mask.device.type != "cpu" or mask.shape[1] != 1:
+        return None
+
+    def build() -> tuple[MediaSubsets, Tensor] | None:
+        visible = mask[:, 0] == 0
+        if not bool((visible | (mask[:, 0] == torch.finfo(mask.dtype).min)).all()):
+            return None
+        return MediaSubsets.from_mask(visible, 1), visible.any(dim=-1)
+
+    built = context.visibility(mask, "dense", build)
+    if built is None or bool(((gate != 0) & ~built[1]).any()):
+        return None
+    return media, built[0]
 
 
 def _dense_mask(media_mask: Tensor, image_hidden_states: Tensor) -> Tensor:
@@ -212,7 +245,7 @@ class FusedIdeficsPerceiverResampler(IdeficsPerceiverResampler):
         return resample(self, state.spec, state, context)
 
 
-@named_like_upstream
+@model_dropin
 class FusedIdeficsModel(IdeficsModel):
     """Drop-in for `IdeficsModel`: hands the layers the small image mask, so that the dense one is never built."""
 
@@ -227,31 +260,27 @@ class FusedIdeficsModel(IdeficsModel):
         mask = kwargs.get("image_attention_mask")
         if mask is None or args or not all(state_of(layer) for layer in self.gated_cross_attn_layers):
             return super().forward(*args, **kwargs)
-        if self._reproduces_eager_fp16():
-            return super().forward(**kwargs)
         text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if kwargs.get("attention_mask") is None and text is not None:
             past = kwargs.get("past_key_values")
             length = text.shape[1] + (past.get_seq_length() if past is not None else 0)
             # Upstream would make this mask with one row per image row.
             kwargs["attention_mask"] = torch.ones((text.shape[0], length), dtype=torch.bool, device=text.device)
+        sources = (kwargs.get(name) for name in IMAGE_INPUTS)
+        images = next((source.shape[1] for source in sources if source is not None), mask.shape[-1])
+        if images != mask.shape[-1]:
+            raise ValueError(
+                f"image_attention_mask names {mask.shape[-1]} images but {images} were given; give the mask one column "
+                "per image"
+            )
         mask = mask.bool()
         # Upstream spreads the mask it gets over all image tokens. One column, "sees any image", is all it needs for the
         # gate of the rows that see none.
         kwargs["image_attention_mask"] = mask.any(dim=-1, keepdim=True)
         return super().forward(**kwargs, **{MEDIA_MASK: mask})
 
-    def _reproduces_eager_fp16(self) -> bool:
-        """Eager fp16 attention has NaN gradients in rows that see no image; without the fix they stay NaN."""
-        return (
-            self.config._attn_implementation == "eager"
-            and self.dtype == torch.float16
-            and torch.is_grad_enabled()
-            and not self._mllm_fast.fixes("masked_row_gradients")
-        )
 
-
-@named_like_upstream
+@model_dropin
 class FusedIdeficsForVisionText2Text(IdeficsForVisionText2Text):
     """Drop-in for `IdeficsForVisionText2Text`: beams and returned sequences share one copy of their sample's images."""
 
@@ -267,12 +296,7 @@ class FusedIdeficsForVisionText2Text(IdeficsForVisionText2Text):
         finally:
             self._mllm_fast.shared.clear()
 
-    @staticmethod
-    def _expand_inputs_for_generation(
-        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _expand_inputs_for_generation(self, **model_kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
-        input_ids, model_kwargs = IdeficsForVisionText2Text._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(**model_kwargs)
         return input_ids, {**model_kwargs, **images}

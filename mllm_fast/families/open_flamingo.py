@@ -11,7 +11,7 @@ from open_flamingo.src.flamingo_lm import FlamingoLMMixin
 from open_flamingo.src.helpers import GatedCrossAttentionBlock, PerceiverResampler
 from torch import Tensor, nn
 
-from ..modules.gated_cross_attention import check_media, flamingo_visibility, gated_attention, gated_ffn
+from ..modules.gated_cross_attention import broadcast_text, flamingo_visibility, gated_attention, gated_ffn
 from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import resample
 from ..modules.state import FusedState, Options
@@ -43,7 +43,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
         if any_hooked(self):
             return super().forward(x, media, media_locations, use_cached_media)
         state = self._mllm_fast
-        check_media(x, media)
+        x = broadcast_text(x, media)
         if media_locations is None:
             if not use_cached_media and not state.fixes("missing_media_locations"):
                 raise ValueError(
@@ -100,7 +100,7 @@ class FusedPerceiverResampler(PerceiverResampler):
 
 
 def _first(embeddings: Tensor, count: int, what: str) -> Tensor:
-    if count > embeddings.shape[0]:
+    if count > embeddings.shape[0] > 1:
         raise ValueError(f"got {count} {what} but the resampler has embeddings for {embeddings.shape[0]}")
     return embeddings[:count]
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-
-from torch import zeros
 
 
 class PatchEncoder(nn.Module):
-    """Patches of a picture, each seen with its surroundings: a convolutional stem, a patch embedding, positions.
+    """Patches of a picture, each seen with its surroundings: two strided convolutions deep, then learnt positions.
 
     Args:
         image_size: height and width of the pictures; a multiple of `patch`.
         patch: height and width of a patch.
         dim: width D of the patch vectors.
         channels: of the pictures; 1 for grey.
-        stem: channels of the stem.
+        stem: channels of the first convolution.
 
     Raises:
         ValueError: `patch` does not divide `image_size`.
@@ -25,18 +24,28 @@ class PatchEncoder(nn.Module):
         super().__init__()
         if image_size % patch:
             raise ValueError(f"patch must divide image_size, got {patch} and {image_size}")
-        self.image_size = image_size
-        self.channels = channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, stem, 3, padding=1), nn.GELU(), nn.Conv2d(stem, stem, 3, padding=1), nn.GELU()
+        self.config = {"image_size": image_size, "patch": patch, "dim": dim, "channels": channels, "stem": stem}
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, stem, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(stem, dim, patch, stride=patch),
+            nn.GroupNorm(1, dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1),
+            nn.GroupNorm(1, dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1),
         )
-        self.patches = nn.Conv2d(stem, dim, patch, stride=patch)
-        self.positions = nn.Parameter(zeros((image_size // patch) ** 2, dim))
-        nn.init.normal_(self.positions, std=0.02)
+        self.norm = nn.LayerNorm(dim)
+        # Of the same order as the normalised patches: attention has to find a place before it can read it.
+        self.positions = nn.Parameter(0.5 * torch.randn((image_size // patch) ** 2, dim))
 
     def forward(self, images: Tensor) -> Tensor:
         """images [N, channels, image_size, image_size] in 0 to 1; returns patches [N, (image_size / patch)^2, dim]."""
-        expected = (self.channels, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images have shape {tuple(images.shape[1:])}; expected {expected}")
-        return self.patches(self.stem(images)).flatten(2).transpose(1, 2) + self.positions
+        size = self.config["image_size"]
+        if images.shape[1:] != (self.config["channels"], size, size):
+            raise ValueError(
+                f"images have shape {tuple(images.shape[1:])}; expected {(self.config['channels'], size, size)}"
+            )
+        patches = self.layers(2 * images - 1).flatten(2).transpose(1, 2)
+        return self.norm(patches) + self.positions

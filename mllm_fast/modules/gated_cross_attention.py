@@ -118,7 +118,6 @@ def attend(
     Returns:
         [B, S, heads * head_dim]; exactly 0 in the rows that see no image.
     """
-    check_media(x, media)
     names = spec.names
     q = children.norm_linear(x, children.resolve(block, names.norm), children.resolve(block, names.q))
     q = q.unflatten(-1, (spec.heads, spec.head_dim))
@@ -163,17 +162,27 @@ def gated_ffn(block: nn.Module, spec: GatedCrossAttentionSpec, x: Tensor, dropou
     return children.linear_residual(hidden, children.resolve(block, names.ffn_down), x, gate=gate, dropout_p=dropout_p)
 
 
-def check_media(x: Tensor, media: Tensor) -> None:
-    """Raise ValueError where text [B, S, D] and media [B_media, images, tokens, D_media] do not fit."""
+def broadcast_text(x: Tensor, media: Tensor) -> Tensor:
+    """The text with one row per media row where it has a single one for all; checks that the two fit.
+
+    Args:
+        x: [B, S, D]; media: [B_media, images, tokens, D_media].
+
+    Raises:
+        ValueError: wrong ranks, or a text batch that is neither 1 nor a multiple of the media batch.
+    """
     if x.ndim != 3:
         raise ValueError(f"text must be [batch, length, dim], got {tuple(x.shape)}")
     if media.ndim != 4:
         raise ValueError(f"media must be [batch, images, tokens, dim], got {tuple(media.shape)}")
+    if x.shape[0] == 1 < media.shape[0]:
+        return x.expand(media.shape[0], -1, -1)
     if media.shape[0] == 0 or x.shape[0] % media.shape[0]:
         raise ValueError(
             f"{x.shape[0]} text rows cannot share {media.shape[0]} media rows: the text batch must be a multiple of the "
             "media batch (beams and returned sequences read the media row of their sample)"
         )
+    return x
 
 
 def flamingo_visibility(
@@ -313,7 +322,7 @@ class GatedCrossAttentionBlock(nn.Module):
         Returns:
             [B, S, dim].
         """
-        x = gated_attention(self, self.spec, self._mllm_fast, x, media, visibility)
+        x = gated_attention(self, self.spec, self._mllm_fast, broadcast_text(x, media), media, visibility)
         return gated_ffn(self, self.spec, x)
 
     def share(self, context: MediaContext) -> None:

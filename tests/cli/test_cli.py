@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from mllm_fast import __version__, cli
 from mllm_fast.kernels import runtime
+from mllm_fast.models import flamingo
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -119,6 +122,42 @@ def test_demo_names_the_missing_libraries(capsys: pytest.CaptureFixture[str], mo
     line = _fails(capsys, "demo")
     assert "matplotlib, skimage, sklearn" in line
     assert "mllm-fast[demo]" in line
+
+
+def test_demo_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in cli.DEMO_MODULES:
+        pytest.importorskip(name)
+    calls: list[tuple[Path, bool]] = []
+
+    def run(out_dir: Path, quick: bool = False) -> int:
+        calls.append((out_dir, quick))
+        return 3
+
+    demo = types.ModuleType("mllm_fast.demo")
+    monkeypatch.setattr(demo, "run", run, raising=False)
+    monkeypatch.setitem(sys.modules, "mllm_fast.demo", demo)
+    assert cli.main(["demo", "--out", str(tmp_path), "--quick"]) == 3
+    assert cli.main(["demo"]) == 3
+    assert calls == [(tmp_path, True), (Path("demo_output"), False)]
+
+
+def test_generate_prints_a_line_per_image(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, first, second = (tmp_path / name for name in ("model", "1.png", "2.png"))
+    for path in (model, first, second):
+        path.touch()
+
+    def generate_captions(
+        path: Path, images: Sequence[Path], prompt: str | None = None, max_new_tokens: int = 1
+    ) -> list[str]:
+        assert path == model
+        return [f"{prompt} {max_new_tokens} {image.name}" for image in images]
+
+    monkeypatch.setattr(flamingo, "generate_captions", generate_captions, raising=False)
+    command = ["generate", str(model), str(first), str(second), "--prompt", "a", "--max-new-tokens", "4"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"{first}: a 4 1.png\n{second}: a 4 2.png\n"
 
 
 def test_an_error_is_one_line_unless_debugging(

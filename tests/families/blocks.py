@@ -1,4 +1,4 @@
-"""The gated blocks of the three systems behind one call, for the tests of what they share: caching, counting, wrapping."""
+"""The gated blocks of the three systems behind one call, for tests of what they share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BlockKind:
         return self.name
 
     def call(self, block: nn.Module, x: Tensor, media: Tensor, locations: Tensor, *, decode: bool = False) -> Tensor:
-        """The block on text [B, S, 64] and media [B, I, n, media_dim]; in decode every token follows the last of `locations`."""
+        """The block on text [B, S, 64] and media [B, I, n, media_dim]; decode: all tokens follow the last location."""
         if self.name == "idefics":
             return block(x, None, media.flatten(1, 2), **image_masks(locations, media, x, decode))
         if self.name == "open_flamingo":
@@ -40,7 +40,9 @@ class BlockKind:
         assert not decode
         return block(x, media, media_locations=locations)
 
-    def inputs(self, batch: int = 2, length: int = 9, images: int = 2, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(
+        self, batch: int = 2, length: int = 9, images: int = 2, *, seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(text, media, locations): row 0 names every image, two tokens apart; the other rows name the first only."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, length, TEXT_DIM, generator=generator)
@@ -61,7 +63,9 @@ def image_masks(locations: Tensor, media: Tensor, x: Tensor, decode: bool) -> di
     if decode:
         index = index[:, -1:].expand(-1, x.shape[1])
     seen = index[..., None] == torch.arange(1, media.shape[1] + 1)
-    mask = torch.zeros(*seen.shape, media.shape[2], dtype=x.dtype).masked_fill(~seen[..., None], torch.finfo(x.dtype).min)
+    mask = torch.zeros(*seen.shape, media.shape[2], dtype=x.dtype).masked_fill(
+        ~seen[..., None], torch.finfo(x.dtype).min
+    )
     return {"image_attention_mask": mask.flatten(2)[:, None], "cross_attention_gate": seen.any(-1).to(x.dtype)}
 
 
@@ -70,15 +74,24 @@ def _idefics_layer(seed: int = 0, **options: Any) -> nn.Module:
 
 
 _FLAMINGO: dict[str, Any] = {
-    "query": "attn.to_q", "key_value": ("attn.to_kv",), "output": "attn.to_out", "feed_forward": "ff.1", "norm": "attn.norm",
     "kv_width": 2 * 32,
-}  # fmt: skip
+    "query": "attn.to_q",
+    "key_value": ("attn.to_kv",),
+    "output": "attn.to_out",
+    "feed_forward": "ff.1",
+    "norm": "attn.norm",
+}
 
+_IDEFICS: dict[str, Any] = {
+    "kv_width": 2 * TEXT_DIM,
+    "query": "cross_attn.q_proj",
+    "key_value": ("cross_attn.k_proj", "cross_attn.v_proj"),
+    "output": "cross_attn.o_proj",
+    "feed_forward": "mlp.up_proj",
+    "norm": "input_layernorm",
+}
 KINDS = [
     BlockKind("open_flamingo", of_block, MEDIA_DIM, has_decode=True, **_FLAMINGO),
     BlockKind("flamingo_pytorch", luc_block, TEXT_DIM, has_decode=False, **_FLAMINGO),
-    BlockKind(
-        "idefics", _idefics_layer, MEDIA_DIM, 2 * TEXT_DIM, "cross_attn.q_proj", ("cross_attn.k_proj", "cross_attn.v_proj"),
-        "cross_attn.o_proj", "mlp.up_proj", "input_layernorm", has_decode=True,
-    ),
-]  # fmt: skip
+    BlockKind("idefics", _idefics_layer, MEDIA_DIM, has_decode=True, **_IDEFICS),
+]

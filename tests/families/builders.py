@@ -1,6 +1,6 @@
 """Tiny models of the three Flamingo systems, with nothing left at a value that hides errors.
 
-Upstream initialisers make wrong code look right: gates start at 0 (every block is the identity), norm affines at 1 and 0.
+Upstream initialisers make wrong code look right: gates start at 0 (each block is the identity), norms at 1 and 0.
 `randomise` therefore draws every parameter. Dimensions are chosen so that a GEMM can be recognised by its contraction
 length alone: media features have width 48 (`MEDIA_DIM`), text has width 64, and nothing else has either length.
 """
@@ -48,7 +48,7 @@ __all__ = ["Flamingo", "FlamingoPaLM", "GatedCrossAttentionBlock", "PerceiverRes
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter: matrices of unit gain (1.5, so that attention is peaked), affines around 1, gates of either sign."""
+    """Draw every parameter: matrices of gain 1.5 (attention is peaked), affines around 1, gates of either sign."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(p: Tensor) -> Tensor:
@@ -117,14 +117,18 @@ def _language_model(kind: str) -> nn.Module:
     ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
     wide = {"hidden_size": TEXT_DIM, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCABULARY} | ids
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(intermediate_size=80, num_key_value_heads=2, max_position_embeddings=128, **wide))
+        return LlamaForCausalLM(
+            LlamaConfig(intermediate_size=80, num_key_value_heads=2, max_position_embeddings=128, **wide)
+        )
     if kind == "opt":
         return OPTForCausalLM(OPTConfig(ffn_dim=80, word_embed_proj_dim=TEXT_DIM, max_position_embeddings=128, **wide))
     if kind == "gpt_neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=80, max_position_embeddings=128, **wide))
     if kind == "mpt":
         return MptForCausalLM(
-            MptConfig(d_model=TEXT_DIM, n_heads=4, n_layers=4, expansion_ratio=2, max_seq_len=128, vocab_size=VOCABULARY)
+            MptConfig(
+                d_model=TEXT_DIM, n_heads=4, n_layers=4, expansion_ratio=2, max_seq_len=128, vocab_size=VOCABULARY
+            )
         )
     raise ValueError(kind)
 
@@ -154,7 +158,7 @@ def of_blocks(model: Flamingo) -> list[nn.Module]:
 
 
 def of_inputs(batch: int = 2, length: int = 10, images: int = 2, *, seed: int = 0) -> dict[str, Tensor]:
-    """Images and a prompt in which row 0 names every image and the other rows only one: `Flamingo.forward` arguments."""
+    """Images and a prompt in which row 0 names every image, the others only one: arguments of `Flamingo.forward`."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 89, (batch, length), generator=generator)
     for i in range(images):
@@ -165,7 +169,7 @@ def of_inputs(batch: int = 2, length: int = 10, images: int = 2, *, seed: int = 
 
 
 def left_padded(inputs: dict[str, Tensor], row: int = 1, pad: int = 3) -> dict[str, Tensor]:
-    """The same prompt with `pad` padding tokens put before `row` (its first tokens are overwritten where they are text)."""
+    """The same prompt with `pad` padding tokens put before `row`, whose last tokens fall off."""
     ids, mask = inputs["lang_x"].clone(), inputs["attention_mask"].clone()
     ids[row] = torch.cat([ids.new_full((pad,), PAD), ids[row, : ids.shape[1] - pad]])
     mask[row, :pad] = 0
@@ -175,8 +179,9 @@ def left_padded(inputs: dict[str, Tensor], row: int = 1, pad: int = 3) -> dict[s
 def palm(immediate: bool = True, *, seed: int = 0, **options: Any) -> FlamingoPaLM:
     """flamingo-pytorch's whole model: 4 layers, a gated block after every other one; images come as patch features."""
     sizes = {
-        "dim": TEXT_DIM, "num_tokens": VOCABULARY, "depth": 4, "dim_head": 16, "heads": 2, "media_token_id": IMAGE_TOKEN,
-        "cross_attn_every": 2, "perceiver_num_latents": 5, "perceiver_depth": 2, "img_encoder": nn.Linear(20, TEXT_DIM),
+        "dim": TEXT_DIM, "num_tokens": VOCABULARY, "depth": 4, "dim_head": 16, "heads": 2,
+        "media_token_id": IMAGE_TOKEN, "cross_attn_every": 2, "perceiver_num_latents": 5, "perceiver_depth": 2,
+        "img_encoder": nn.Linear(20, TEXT_DIM),
     }  # fmt: skip
     model = FlamingoPaLM(only_attend_immediate_media=immediate, **(sizes | options))
     return randomise(model, seed).eval()
@@ -192,12 +197,12 @@ def idefics(
     seed: int = 0,
     **options: Any,
 ) -> IdeficsForVisionText2Text:
-    """HF idefics: 4 language layers, 2 gated layers of 4 heads, vision width 48, 8 latents (5 tokens an image without)."""
+    """HF idefics: 4 language layers, 2 gated layers of 4 heads, vision width 48, 8 latents (or 5 tokens an image)."""
     config = IdeficsConfig(
         vocab_size=VOCABULARY, additional_vocab_size=2, hidden_size=TEXT_DIM, intermediate_size=80, num_hidden_layers=4,
-        num_attention_heads=4, cross_layer_interval=2, alpha_initializer="ones", alpha_type=alpha, qk_layer_norms=qk_norms,
-        use_resampler=resampler, max_position_embeddings=128, dropout=dropout, freeze_text_layers=False,
-        freeze_vision_layers=False, freeze_lm_head=False,
+        num_attention_heads=4, cross_layer_interval=2, alpha_initializer="ones", alpha_type=alpha,
+        qk_layer_norms=qk_norms, use_resampler=resampler, max_position_embeddings=128, dropout=dropout,
+        freeze_text_layers=False, freeze_vision_layers=False, freeze_lm_head=False,
         vision_config={
             "embed_dim": MEDIA_DIM, "image_size": 28, "patch_size": 14, "intermediate_size": 72, "num_hidden_layers": 2,
             "num_attention_heads": 4,

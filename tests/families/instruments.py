@@ -16,10 +16,9 @@ Results = dict[str, Tensor]
 
 
 def backward_results(output: Tensor, inputs: dict[str, Tensor], module: nn.Module) -> Results:
-    """The output, and the gradient of a fixed random functional of it for every input and parameter that asks for one.
+    """The output, and the gradients of a fixed random functional of it for the inputs and parameters that got one.
 
-    A parameter without a gradient is an error where upstream has one (DistributedDataParallel would hang): it is left out here, so that the
-    key sets differ.
+    A parameter without a gradient where upstream has one (DistributedDataParallel would hang) shows as a missing key.
     """
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     output.backward(cotangent.to(output.dtype))
@@ -30,7 +29,7 @@ def backward_results(output: Tensor, inputs: dict[str, Tensor], module: nn.Modul
 
 
 def run_module(module: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, **kwargs: Any) -> Results:
-    """Forward and backward of a copy of nothing: the module itself, moved to `dtype`, on fresh leaves of `inputs` (by position)."""
+    """Forward and backward of the module, moved to `dtype`, on fresh leaves of `inputs` (passed by position)."""
     module = module.to(dtype)
     module.zero_grad(set_to_none=True)
     leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
@@ -38,7 +37,10 @@ def run_module(module: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype,
 
 
 def assert_same(ours: Results, theirs: Results, tolerance: float = 1e-10) -> None:
-    """Every result equal up to `tolerance` of its largest entry (fp64: rounding order only)."""
+    """Every result equal up to `tolerance` of its largest entry (fp64: rounding order only).
+
+    The gradient of a scalar is one sum over all outputs, much smaller than its terms: it may be off by more.
+    """
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     for name, reference in theirs.items():
         mine = ours[name]
@@ -47,17 +49,29 @@ def assert_same(ours: Results, theirs: Results, tolerance: float = 1e-10) -> Non
         assert mine.isfinite().all(), f"{name} is not finite"
         error = (mine.double() - reference.double()).abs().max().item() if mine.numel() else 0.0
         scale = max(reference.abs().max().item(), 1.0) if mine.numel() else 1.0
+        scale *= 10 if reference.numel() == 1 else 1
         assert error <= tolerance * scale, f"{name}: off by {error:.3e} at a scale of {scale:.3e}"
 
 
-def assert_within_twice(ours: Iterable[Results], theirs: Iterable[Results], exact: Iterable[Results]) -> None:
-    """The tolerance of low precision: for each result our error is at most twice upstream's own, in RMS and at the worst entry.
+def assert_within_twice(
+    ours: Iterable[Results],
+    theirs: Iterable[Results],
+    exact: Iterable[Results],
+    *,
+    eps: float | None = None,
+    kinks: bool = False,
+) -> None:
+    """The tolerance of low precision: our error (RMS) is at most twice upstream's own; at the worst entry thrice.
 
-    Several draws are pooled, because the error of one scalar (a gate's gradient) can be small by luck.
+    Several seeds are pooled, because the error of one scalar (a gate's gradient) can be small by luck; hence also a
+    scalar may be off by one `eps` (of the type computed in; by default that of the result) of its own size. A result
+    that is exactly 0 (the gradient of a bias that all keys share: softmax cancels it) holds nothing but noise: five
+    times. Where a ReLU makes `kinks`, one entry that falls on the other side of 0 is no measure: RMS only.
     """
     ours, theirs, exact = list(ours), list(theirs), list(exact)
     for name in theirs[0]:
-        eps = torch.finfo(theirs[0][name].dtype).eps
+        unit = eps or torch.finfo(theirs[0][name].dtype).eps
+        allowance = unit if theirs[0][name].numel() == 1 else unit / 16
         mine, upstream, scale = [], [], []
         for o, t, e in zip(ours, theirs, exact, strict=True):
             assert o.keys() == t.keys(), o.keys() ^ t.keys()
@@ -70,8 +84,12 @@ def assert_within_twice(ours: Iterable[Results], theirs: Iterable[Results], exac
         err, err_upstream, size = torch.cat(mine), torch.cat(upstream), torch.cat(scale)
         rms = [x.square().mean().sqrt().item() for x in (err, err_upstream, size)]
         worst = [x.abs().max().item() for x in (err, err_upstream, size)]
-        assert rms[0] <= 2 * rms[1] + eps * rms[2] / 4, f"{name}: RMS error {rms[0]:.3e}, upstream's own {rms[1]:.3e}"
-        assert worst[0] <= 2 * worst[1] + eps * worst[2], f"{name}: worst error {worst[0]:.3e}, upstream's own {worst[1]:.3e}"
+        sizes = f"upstream's own {rms[1]:.3e} in RMS and {worst[1]:.3e} at worst, of results of size {rms[2]:.3e}"
+        factor = 2 if rms[2] > rms[1] else 5
+        assert rms[0] <= factor * rms[1] + allowance * rms[2], f"{name}: RMS error {rms[0]:.3e}; {sizes}"
+        assert kinks or worst[0] <= 1.5 * factor * worst[1] + unit * worst[2], (
+            f"{name}: worst error {worst[0]:.3e}; {sizes}"
+        )
 
 
 def check_precision(
@@ -80,11 +98,12 @@ def check_precision(
     run: Callable[[nn.Module, int, torch.dtype], Results],
     dtype: torch.dtype,
     *,
-    seeds: Iterable[int] = range(3),
+    seeds: Iterable[int] = range(6),
+    kinks: bool = False,
 ) -> None:
     """Build a module for each seed and hold its fused twin to twice the error that upstream makes at `dtype`.
 
-    The exact result is upstream's in the next wider type (fp64 for fp32, fp32 otherwise), from the weights and inputs rounded to `dtype`.
+    The exact result is upstream's in a wider type (fp64 for fp32, else fp32), weights and inputs rounded to `dtype`.
     """
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     ours, theirs, exact = [], [], []
@@ -95,7 +114,7 @@ def check_precision(
         exact.append(run(copy.deepcopy(upstream).to(wide), seed, wide))
         theirs.append(run(upstream, seed, dtype))
         ours.append(run(fused, seed, dtype))
-    assert_within_twice(ours, theirs, exact)
+    assert_within_twice(ours, theirs, exact, kinks=kinks)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the drop-ins compute once where upstream computes it every step, every layer or every beam: counted below autograd."""
+"""What the drop-ins compute once where upstream computes it every step, layer or beam: counted below autograd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import mllm_fast
 import pytest
 import torch
 from blocks import KINDS, TOKENS, BlockKind
@@ -24,6 +23,8 @@ from builders import (
 )
 from instruments import Recorder, recording
 from torch import Tensor, nn
+
+import mllm_fast
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -62,7 +63,9 @@ def test_decode_projects_no_media(kind: BlockKind) -> None:
     recorded(lambda: kind.call(fused, x, media, locations))
     for _ in range(3):
         step = torch.randn(2, 1, TEXT_DIM)
-        assert recorded(lambda step=step: kind.call(fused, step, media, locations, decode=True)).work(kind.media_dim) == 0
+        assert (
+            recorded(lambda step=step: kind.call(fused, step, media, locations, decode=True)).work(kind.media_dim) == 0
+        )
         ours, theirs = (kind.call(m, step, media, locations, decode=True) for m in (fused, upstream))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -177,7 +180,7 @@ def _resampler_input(name: str, images: int, tokens: int) -> Tensor:
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", RESAMPLERS)
 def test_resampler_work(name: str, grad: bool) -> None:
-    """Media normalised once; their K and V of all layers in one GEMM; nothing of their size concatenated; layer 0 shared by the images."""
+    """Media normalised once; K and V of all layers in one GEMM; no concatenation; layer 0 shared by the images."""
     build, inner, latents = RESAMPLERS[name]
     depth, images, tokens = 4, 4, 301
     fused, _ = twins(build(depth))
@@ -187,7 +190,9 @@ def test_resampler_work(name: str, grad: bool) -> None:
     rows, media_rows = images * latents, images * tokens
     once = latents * 3 * inner  # q, k and v of the first layer's latents
     expected = once + depth * media_rows * 2 * inner + (depth - 1) * rows * 3 * inner + depth * rows * 4 * MEDIA_DIM
-    assert record.work(MEDIA_DIM) <= expected, "the first layer's latents are projected for every image, or the media twice"
+    assert record.work(MEDIA_DIM) <= expected, (
+        "the first layer's latents are projected for every image, or the media twice"
+    )
     over_media = [g for g in record.gemms if g.k == MEDIA_DIM and media_rows in (g.m, g.n, g.batch * g.m)]
     assert len(over_media) == 1, over_media
     assert record.count("native_layer_norm", lambda shapes: shapes[0][-1] == MEDIA_DIM and tokens in shapes[0]) <= 1
@@ -217,8 +222,12 @@ DENSE = LENGTH * IMAGES * LATENTS  # the entries of a dense media mask; whole sc
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("images", [IMAGES, IMAGES // 2], ids=["every_image_present", "some_beyond"])
 @pytest.mark.parametrize("build", [of_block, luc_block], ids=["open_flamingo", "flamingo_pytorch"])
-def test_prefill_allocates_no_dense_mask_or_scores(build: Callable[..., nn.Module], images: int, training: bool) -> None:
-    sizes = {"dim": 32, "heads": HEADS, "dim_head": 16, "ff_mult": 2} | ({"dim_visual": 32} if build is of_block else {})
+def test_prefill_allocates_no_dense_mask_or_scores(
+    build: Callable[..., nn.Module], images: int, training: bool
+) -> None:
+    sizes = {"dim": 32, "heads": HEADS, "dim_head": 16, "ff_mult": 2} | (
+        {"dim_visual": 32} if build is of_block else {}
+    )
     fused, _ = twins(build(**sizes))
     locations = torch.zeros(1, LENGTH, dtype=torch.bool)
     locations[0, :: LENGTH // IMAGES] = True
@@ -232,7 +241,9 @@ def test_prefill_allocates_no_dense_mask_or_scores(build: Callable[..., nn.Modul
 
 @pytest.mark.parametrize("build", [of_block, luc_block], ids=["open_flamingo", "flamingo_pytorch"])
 def test_prefill_attending_to_all_previous_images_allocates_no_whole_scores(build: Callable[..., nn.Module]) -> None:
-    sizes = {"dim": 32, "heads": HEADS, "dim_head": 16, "ff_mult": 2} | ({"dim_visual": 32} if build is of_block else {})
+    sizes = {"dim": 32, "heads": HEADS, "dim_head": 16, "ff_mult": 2} | (
+        {"dim_visual": 32} if build is of_block else {}
+    )
     fused, _ = twins(build(immediate=False, **sizes))
     locations = torch.zeros(1, LENGTH, dtype=torch.bool)
     locations[0, :: LENGTH // IMAGES] = True

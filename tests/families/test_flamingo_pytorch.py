@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import mllm_fast
 import pytest
 import torch
 from builders import IMAGE_TOKEN, MEDIA_DIM, TEXT_DIM, location_cases, luc_block, luc_resampler, of_inputs, palm
 from instruments import Results, assert_same, backward_results, check_precision, run_module
 from torch import Tensor, nn
+
+import mllm_fast
 
 CASES = {name: (locations, images) for name, locations, images in location_cases()}
 TOKENS = 4
@@ -32,7 +33,9 @@ def twins(upstream: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
 
 def check(upstream: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> None:
     fused, upstream = twins(upstream)
-    assert_same(run_module(fused, inputs, torch.float64, **kwargs), run_module(upstream, inputs, torch.float64, **kwargs))
+    assert_same(
+        run_module(fused, inputs, torch.float64, **kwargs), run_module(upstream, inputs, torch.float64, **kwargs)
+    )
 
 
 @pytest.mark.parametrize("immediate", [True, False], ids=["immediate", "all_previous"])
@@ -114,7 +117,7 @@ def test_resampler_of_too_many_images_is_an_error_with_both_numbers() -> None:
 
 @pytest.mark.parametrize("immediate", [True, False], ids=["immediate", "all_previous"])
 def test_model(immediate: bool) -> None:
-    """`forward` freezes what Flamingo freezes, and trains the resampler and the gated blocks. (Its `embeds=` has never worked.)"""
+    """`forward` itself freezes all but the resampler and the gated blocks. (Its `embeds=` has never worked.)"""
     ids = of_inputs(images=3)["lang_x"]
     images = torch.randn(2, 3, 6, 20, dtype=torch.float64)
     fused, upstream = (m.double() for m in twins(palm(immediate)))

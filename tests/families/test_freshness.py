@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import mllm_fast
 import pytest
 import torch
 from blocks import KINDS, TOKENS, BlockKind
-from builders import MEDIA_DIM, TEXT_DIM, idefics, luc_resampler, of_resampler
+from builders import MEDIA_DIM, idefics, luc_resampler, of_resampler
 from torch import Tensor, nn
+
+import mllm_fast
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -75,7 +76,13 @@ def test_views_of_one_storage(kind: BlockKind) -> None:
     modules = twins(kind.build())
     x, _, locations = kind.inputs()
     store = torch.randn(2, 4, TOKENS, kind.media_dim)
-    for media in (store[:, :2], store[:, 1:3], store[:, 2:], store[:, :2].transpose(0, 1), store[:1, :2].expand(2, -1, -1, -1)):
+    for media in (
+        store[:, :2],
+        store[:, 1:3],
+        store[:, 2:],
+        store[:, :2].transpose(0, 1),
+        store[:1, :2].expand(2, -1, -1, -1),
+    ):
         check(kind, modules, x, media, locations)
 
 
@@ -275,7 +282,10 @@ def test_functional_call_with_other_weights(kind: BlockKind) -> None:
     check(kind, modules, x, media, locations)
     lent = {name: p.detach() * 1.25 + 0.05 for name, p in modules[1].named_parameters()}
     with torch.no_grad():
-        outputs = [kind.call(lambda *a, m=m, **k: torch.func.functional_call(m, lent, a, k), x, media, locations) for m in modules]
+        outputs = [
+            kind.call(lambda *a, m=m, **k: torch.func.functional_call(m, lent, a, k), x, media, locations)
+            for m in modules
+        ]
     torch.testing.assert_close(*outputs, atol=2e-5, rtol=2e-5)
     check(kind, modules, x, media, locations)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import mllm_fast
 import pytest
 import torch
 from builders import (
     MEDIA_DIM,
     TEXT_DIM,
-    location_cases,
     left_padded,
+    location_cases,
     of_block,
     of_blocks,
     of_inputs,
@@ -27,6 +26,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+
+import mllm_fast
 
 CASES = {name: (locations, images) for name, locations, images in location_cases()}
 TOKENS = 4  # an image's tokens after the resampler
@@ -49,7 +50,9 @@ def twins(upstream: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
 
 def check_block(upstream: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> None:
     fused, upstream = twins(upstream)
-    assert_same(run_module(fused, inputs, torch.float64, **kwargs), run_module(upstream, inputs, torch.float64, **kwargs))
+    assert_same(
+        run_module(fused, inputs, torch.float64, **kwargs), run_module(upstream, inputs, torch.float64, **kwargs)
+    )
 
 
 # the gated block
@@ -152,7 +155,7 @@ def test_block_precision(dtype: torch.dtype, immediate: bool) -> None:
 def test_block_under_autocast() -> None:
     locations, images = CASES["fewer_tokens_than_images"]
     ours, theirs, exact = [], [], []
-    for seed in range(3):
+    for seed in range(6):
         torch.manual_seed(seed)
         inputs = block_inputs(images)
         fused, upstream = twins(of_block(seed=seed))
@@ -160,7 +163,7 @@ def test_block_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             ours.append(run_module(fused, inputs, torch.float32, media_locations=locations))
             theirs.append(run_module(upstream, inputs, torch.float32, media_locations=locations))
-    assert_within_twice(ours, theirs, exact)
+    assert_within_twice(ours, theirs, exact, eps=torch.finfo(torch.bfloat16).eps)
 
 
 # the resampler
@@ -182,7 +185,9 @@ def test_resampler_broadcasts_single_embeddings() -> None:
     assert_same(run_module(fused, inputs, torch.float64), run_module(upstream, inputs, torch.float64))
 
 
-@pytest.mark.parametrize("sizes", [{"depth": 1}, {"num_latents": 1}, {"dim_head": 24, "heads": 3}, {"ff_mult": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"depth": 1}, {"num_latents": 1}, {"dim_head": 24, "heads": 3}, {"ff_mult": 2}], ids=str
+)
 def test_resampler_sizes(sizes: dict[str, int]) -> None:
     inputs = {"x": torch.randn(2, 2, 1, 7, MEDIA_DIM)}
     fused, upstream = twins(of_resampler(**sizes))
@@ -200,21 +205,21 @@ def test_resampler_precision(dtype: torch.dtype) -> None:
 
 def test_resampler_under_autocast() -> None:
     ours, theirs, exact = [], [], []
-    for seed in range(3):
+    for seed in range(6):
         inputs = {"x": torch.randn(2, 2, 1, 9, MEDIA_DIM)}
         fused, upstream = twins(of_resampler(seed=seed))
         exact.append(run_module(copy.deepcopy(upstream), inputs, torch.float32))
         with torch.autocast("cpu", torch.bfloat16):
             ours.append(run_module(fused, inputs, torch.float32))
             theirs.append(run_module(upstream, inputs, torch.float32))
-    assert_within_twice(ours, theirs, exact)
+    assert_within_twice(ours, theirs, exact, eps=torch.finfo(torch.bfloat16).eps)
 
 
 # the whole model
 
 
 def model_results(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> Results:
-    """Logits, and the gradient of every parameter, with the vision tower trained by nothing (upstream runs it under no_grad)."""
+    """Logits, and the gradient of every parameter but the vision tower's, which upstream runs under no_grad."""
     model.to(dtype).zero_grad()
     logits = model(inputs["vision_x"].to(dtype), inputs["lang_x"], inputs["attention_mask"]).logits
     return backward_results(logits, {}, model)
@@ -237,7 +242,11 @@ def test_model_bf16() -> None:
     def run(model: nn.Module, seed: int, dtype: torch.dtype) -> Results:
         inputs = of_inputs(seed=seed)
         with torch.no_grad():
-            return {"logits": model(inputs["vision_x"].bfloat16().to(dtype), inputs["lang_x"], inputs["attention_mask"]).logits}
+            return {
+                "logits": model(
+                    inputs["vision_x"].bfloat16().to(dtype), inputs["lang_x"], inputs["attention_mask"]
+                ).logits
+            }
 
     check_precision(lambda seed: of_model(seed=seed), mllm_fast.fuse, run, torch.bfloat16)
 
@@ -250,7 +259,9 @@ def test_model_loss() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "left_padded"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 3, "length_penalty": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 3, "length_penalty": 2.0}], ids=str
+)
 @pytest.mark.parametrize("kind", ["llama", "mpt"])
 def test_generate(kind: str, options: dict[str, Any], padded: bool) -> None:
     """Row 0 of the prompt names two images, row 1 one: the batch has different image counts."""
@@ -303,13 +314,15 @@ def test_scoring_with_cached_media() -> None:
 @pytest.mark.parametrize("implementation", [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT], ids=str)
 @pytest.mark.parametrize("order", ["fuse_then_wrap", "wrap_then_fuse"])
 def test_gradient_checkpointing(order: str, implementation: CheckpointImpl) -> None:
-    """As open_flamingo's train.py does it: by the attribute `_use_gradient_checkpointing`. Each block runs twice: once, and to recompute."""
+    """As open_flamingo's train.py does it, by the attribute `_use_gradient_checkpointing`. Each block runs twice."""
 
     def wrap(model: nn.Module) -> None:
         apply_activation_checkpointing(
             model,
             checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, checkpoint_impl=implementation),
-            check_fn=lambda m: getattr(m, "_use_gradient_checkpointing", False) and not isinstance(m, CheckpointWrapper),
+            check_fn=lambda m: (
+                getattr(m, "_use_gradient_checkpointing", False) and not isinstance(m, CheckpointWrapper)
+            ),
         )
 
     upstream = of_model(checkpointing=True).train()

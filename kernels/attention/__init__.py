@@ -1,0 +1,6 @@
+"""Attention for few queries or few keys: two key sources, media visibility, GQA, beams that share keys, dropout."""
+
+from .masks import Mask, MediaRanges, MediaSubsets
+from .op import attention
+
+__all__ = ["Mask", "MediaRanges", "MediaSubsets", "attention"]

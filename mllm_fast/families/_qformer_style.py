@@ -1,0 +1,278 @@
+"""What the Q-Formers of transformers have in common: BLIP-2's layer layout, which InstructBLIP's two copies repeat."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import _CAN_RECORD_REGISTRY
+
+from ..kernels.attention import Mask
+from ..modules import children
+from ..modules.media_context import MediaContext
+from ..modules.qformer import AttentionNames, FfnNames, Layer, LayerCall, QFormerLayerSpec, project_images, run_layer
+from ..modules.state import FusedState, Options
+from . import CannotFuseError, state_of
+
+# The keyword by which a fused Q-Former tells its layers what to do; without it a layer runs upstream's forward.
+CALL = "mllm_fast_call"
+# Attention implementations of transformers that compute plain softmax attention, so that ours may stand in for them.
+KNOWN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+_ATTENTION = AttentionNames(
+    module="attention.attention",
+    query="attention.attention.query",
+    key="attention.attention.key",
+    value="attention.attention.value",
+    out="attention.output.dense",
+    norm="attention.output.LayerNorm",
+    dropout="attention.output.dropout",
+)
+_CROSS = AttentionNames(
+    module="crossattention.attention",
+    query="crossattention.attention.query",
+    key="crossattention.attention.key",
+    value="crossattention.attention.value",
+    out="crossattention.output.dense",
+    norm="crossattention.output.LayerNorm",
+    dropout="crossattention.output.dropout",
+)
+
+
+def _ffn(up: str, down: str) -> FfnNames:
+    return FfnNames(up=f"{up}.dense", down=f"{down}.dense", norm=f"{down}.LayerNorm", dropout=f"{down}.dropout")
+
+
+# Upstream activation classes, by name, and what `ops.norm_linear` calls the function.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "squared_relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+def layer_spec(layer: nn.Module) -> QFormerLayerSpec:
+    """The spec of a Q-Former layer.
+
+    Raises:
+        CannotFuseError: an activation that no kernel computes, or a feed-forward network that is computed in chunks.
+    """
+    attention = layer.attention.attention
+    activation = type(layer.intermediate_query.intermediate_act_fn).__name__
+    if activation not in _ACTIVATIONS:
+        raise CannotFuseError(f"its feed-forward activation is {activation}, which no kernel computes")
+    if layer.chunk_size_feed_forward > 0:
+        raise CannotFuseError("chunk_size_feed_forward is set, and a fused network is computed whole")
+    return QFormerLayerSpec(
+        heads=attention.num_attention_heads,
+        head_dim=attention.attention_head_size,
+        activation=_ACTIVATIONS[activation],
+        attention=_ATTENTION,
+        cross=_CROSS if layer.has_cross_attention else None,
+        query_ffn=_ffn("intermediate_query", "output_query"),
+        text_ffn=_ffn("intermediate", "output") if hasattr(layer, "intermediate") else None,
+    )
+
+
+class LayerState:
+    """Mixin of the layer drop-ins."""
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        return FusedState(type(module), options, layer_spec(module), context)
+
+
+class ModelState:
+    """Mixin of the drop-ins that have no spec of their own."""
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        return FusedState(type(module), options, None, context)
+
+
+def run(layer: nn.Module, x: Tensor, image: Tensor | None, call: LayerCall) -> Tensor:
+    """The forward of a fused layer that was given a call."""
+    state: FusedState = layer._mllm_fast
+    return run_layer(Layer(layer, state.spec, state), x, image, call)
+
+
+def register_outputs(model: nn.Module) -> None:
+    """Let transformers record hidden states and attentions of the drop-in: it looks them up by the model's class."""
+    name = str(type(model))
+    if name not in _CAN_RECORD_REGISTRY:
+        dict.__setitem__(_CAN_RECORD_REGISTRY, name, model._can_record_outputs)
+
+
+def runs_upstream(model: nn.Module, masks: tuple[Tensor | None, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call has to take upstream's path: what is asked for, or what hangs on the modules, is beyond the kernels."""
+    config = model.config
+    return (
+        bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+        or bool(kwargs.get("is_causal"))
+        or config._attn_implementation not in KNOWN_ATTENTION
+        or any(not isinstance(mask, Tensor) or mask.ndim != 2 for mask in masks if mask is not None)
+        or hooked(model.encoder)
+        or any(state_of(layer) is None or _hooked_inside(layer) for layer in model.encoder.layer)
+    )
+
+
+def _hooked_inside(layer: nn.Module) -> bool:
+    """Whether a child that the drop-in does not call does more than its class."""
+    branches = [layer.attention, layer.crossattention] if layer.has_cross_attention else [layer.attention]
+    bypassed = [part for branch in branches for part in (branch, branch.attention, branch.output, branch.output.dropout)]
+    for suffix in ("", "_query"):
+        if hasattr(layer, f"intermediate{suffix}"):
+            up, down = getattr(layer, f"intermediate{suffix}"), getattr(layer, f"output{suffix}")
+            bypassed += [up, up.intermediate_act_fn, down, down.dropout]
+    return any(hooked(module) for module in bypassed if isinstance(module, nn.Module))
+
+
+def hooked(module: nn.Module) -> bool:
+    """`children.hooked`, but for the hooks that transformers leaves behind once hidden states were asked for."""
+    if not children.hooked(module):
+        return False
+    capturing = [getattr(hook, "__module__", "").endswith("output_capturing") for hook in module._forward_hooks.values()]
+    return not all(capturing) or bool(
+        module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
+    )
+
+
+def encode(
+    model: nn.Module,
+    x: Tensor,
+    image: Tensor | None,
+    *,
+    query_length: int,
+    attention_mask: Tensor | None,
+    image_mask: Tensor | None,
+    image_index: Tensor | None,
+    only_queries: bool,
+) -> Tensor:
+    """All layers of a Q-Former.
+
+    Args:
+        x: [B, S, D] embeddings after their norm, `query_length` queries and then text.
+        image: [I, M, D_image], or None where no queries read one.
+        attention_mask: [B, S], nonzero where visible; None: everything is.
+        image_mask: [I or B, M].
+        image_index: [B], the image that each row reads; None: B / I neighbours share one.
+        only_queries: leave the text rows out of the last layer's output.
+
+    Returns:
+        [B, S, D], or [B, query_length, D] with `only_queries`.
+    """
+    batch, length = x.shape[:2]
+    layers = [Layer(module, state_of(module).spec, state_of(module)) for module in model.encoder.layer]
+    mask = None
+    if attention_mask is not None:
+        _check_mask(attention_mask, batch, length, query_length)
+        mask = Mask(key_padding=attention_mask.to(x.device, torch.bool))
+    cross_mask, projected = None, [None] * len(layers)
+    if image is not None and query_length:
+        _check_images(image, batch, image_index)
+        if image_mask is not None:
+            cross_mask = Mask(key_padding=_per_row(image_mask.to(x.device, torch.bool), batch, image_index))
+        projected = project_images(layers, model._mllm_fast, image)
+    last = len(layers) - 1
+    for i, (layer, keys_values) in enumerate(zip(layers, projected, strict=True)):
+        call = LayerCall(
+            query_length,
+            mask,
+            cross_mask,
+            image_index,
+            projected=keys_values is not None,
+            rows=query_length if only_queries and i == last else None,
+        )
+        # What may need gradients goes by position, where reentrant checkpointing looks for it.
+        source = None if layer.spec.cross is None else image if keys_values is None else keys_values
+        x = layer.module(x, None, source, **{CALL: call})
+    return x
+
+
+def expand_images(image: Tensor | None, rows: int, image_index: Tensor | None) -> Tensor | None:
+    """One image row for each batch row: for upstream's path, which knows no sharing."""
+    if image is None or (image_index is None and image.shape[0] == rows):
+        return image
+    _check_images(image, rows, image_index)
+    return _per_row(image, rows, image_index)
+
+
+def _per_row(x: Tensor, rows: int, image_index: Tensor | None) -> Tensor:
+    if image_index is not None and x.shape[0] != rows:
+        return x[image_index]
+    return x if x.shape[0] == rows else x.repeat_interleave(rows // x.shape[0], dim=0)
+
+
+def _check_images(image: Tensor, rows: int, image_index: Tensor | None) -> None:
+    if image.ndim != 3:
+        raise ValueError(f"image features must be [images, tokens, dim], got {tuple(image.shape)}")
+    if image_index is not None and image_index.shape != (rows,):
+        raise ValueError(f"image_index has shape {tuple(image_index.shape)}; expected ({rows},), the image of each row")
+    if image_index is None and (image.shape[0] == 0 or rows % image.shape[0]):
+        raise ValueError(
+            f"{rows} sequences cannot share {image.shape[0]} images evenly; pass image_index, which says for each "
+            "sequence which image it reads"
+        )
+
+
+def _check_mask(mask: Tensor, rows: int, length: int, query_length: int) -> None:
+    if mask.shape != (rows, length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected {(rows, length)}: a value for each of the "
+            f"{query_length} queries and of the {length - query_length} text tokens"
+        )
+
+
+_only_queries: ContextVar[bool] = ContextVar("mllm_fast_only_queries", default=False)
+
+
+@contextlib.contextmanager
+def reading_only_queries() -> Iterator[None]:
+    """While it lasts, nobody reads the text rows of a Q-Former's output, and its last layer may leave them out."""
+    token = _only_queries.set(True)
+    try:
+        yield
+    finally:
+        _only_queries.reset(token)
+
+
+def only_queries() -> bool:
+    """Whether `reading_only_queries` is in force; under a trace, which cannot see it, never."""
+    return not torch.compiler.is_compiling() and _only_queries.get()
+
+
+def check_image_tokens(
+    input_ids: Tensor | None, token: int | None, features: int, images: int, *, what: str = "images"
+) -> None:
+    """Compare the image tokens of a prompt with the images, which upstream pairs up silently or not at all.
+
+    Args:
+        input_ids: [B, L], or None where embeddings were given.
+        token: id of the image token.
+        features: language-model positions that one image fills.
+        images: how many images there are.
+
+    Raises:
+        ValueError: there is no image token id, the counts differ, or a row holds part of an image.
+    """
+    if input_ids is None or torch.compiler.is_compiling():
+        return
+    if token is None:
+        raise ValueError("config.image_token_index is None, so no token of input_ids stands for an image; set it")
+    counts = (input_ids == token).sum(dim=-1).flatten().tolist()
+    if sum(counts) == images * features and not any(count % features for count in counts):
+        return
+    rows = ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")
+    raise ValueError(
+        f"input_ids hold {sum(counts)} image tokens (id {token}; by row: {rows}), but {images} {what} of {features} "
+        f"tokens each need {images * features}; put {features} image tokens into the prompt for every one"
+    )

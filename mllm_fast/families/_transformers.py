@@ -1,0 +1,77 @@
+"""What every drop-in for a transformers model class needs."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import activations
+from transformers.utils import output_capturing
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from ..modules import children
+from . import CannotFuseError, named_like_upstream
+
+T = TypeVar("T")
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.GELU: "gelu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    activations.SiLUActivation: "silu",
+    activations.ReLUSquaredActivation: "squared_relu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
+
+
+def model_dropin(dropin: type[T]) -> type[T]:
+    """Class decorator for a drop-in of a `PreTrainedModel` class.
+
+    transformers looks up which outputs a model can record by `str(type(model))`, in a table that each model enters when
+    it is built. A drop-in's class appears later, so it enters its own line.
+    """
+    dropin = named_like_upstream(dropin)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(dropin), dropin._can_record_outputs)
+    return dropin
+
+
+def activation_name(activation: nn.Module) -> str:
+    """The name that `ops.norm_linear` has for an activation module of transformers.
+
+    Raises:
+        CannotFuseError: it has none.
+    """
+    name = _ACTIVATIONS.get(type(activation))
+    if name is None:
+        raise CannotFuseError(f"its activation is {type(activation).__name__}, which no kernel computes")
+    return "gelu_tanh" if name == "gelu" and getattr(activation, "approximate", "none") == "tanh" else name
+
+
+def hooked(module: nn.Module) -> bool:
+    """`children.hooked`, but for the hooks by which transformers records outputs.
+
+    The first request for hidden states or attentions leaves them on the modules for good; they do nothing until the
+    next, and a request for attentions runs the original path (`asked_for`).
+    """
+    if not children.hooked(module):
+        return False
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if others or "forward" in module.__dict__:
+        return True
+    recorder = output_capturing.__name__
+    return any(getattr(hook, "__module__", None) != recorder for hook in module._forward_hooks.values())
+
+
+def asked_for(output: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller or the config wants `output` ("output_attentions", "output_hidden_states")."""
+    wanted = kwargs.get(output)
+    config = getattr(module, "config", None)
+    return bool(getattr(config, output, False) if wanted is None else wanted)
+
+
+def one_row_each(media: Tensor, rows: int) -> Tensor:
+    """Copies of the media rows [B_media, ...] for `rows` text rows, for the paths that run upstream's attention."""
+    return media if media.shape[0] == rows else media.repeat_interleave(rows // media.shape[0], dim=0)

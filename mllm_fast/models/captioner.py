@@ -1,0 +1,144 @@
+"""A trained Flamingo with all it needs to caption image files: one folder that nothing outside of has to be known for.
+
+    bridge.safetensors, bridge.json   what was trained (`Flamingo.save_bridge`)
+    captioner.json                    the patch encoder's shape
+    language_model/, tokenizer/       the frozen language model, as Hugging Face saves them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from .flamingo import Flamingo
+from .patch_encoder import PatchEncoder
+
+CONFIG_FILE = "captioner.json"
+LANGUAGE_MODEL_FOLDER = "language_model"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class Captioner:
+    """A Flamingo over a `PatchEncoder`, with its tokenizer: images in, sentences out.
+
+    Args:
+        model: its vision encoder is a `PatchEncoder`.
+        tokenizer: a Hugging Face tokenizer with bos, eos and pad tokens and the model's media token.
+    """
+
+    def __init__(self, model: Flamingo, tokenizer: Any) -> None:
+        if not isinstance(model.vision_encoder, PatchEncoder):
+            raise TypeError(f"the vision encoder is a {type(model.vision_encoder).__name__}; expected a PatchEncoder")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+
+    def caption(self, images: Tensor, prompt: str | None = None, max_new_tokens: int = 32) -> list[str]:
+        """Greedy captions.
+
+        Args:
+            images: [N, channels, size, size] in 0 to 1.
+            prompt: words that every caption begins with.
+
+        Returns:
+            N sentences, the prompt's words included.
+
+        Raises:
+            ValueError: the prompt has words that the tokenizer does not know.
+        """
+        media_token = self.tokenizer.convert_ids_to_tokens(self.model.config.media_token_id)
+        text = f"{self.tokenizer.bos_token} {media_token} {prompt or ''}".strip()
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        if prompt and bool((ids == self.tokenizer.unk_token_id).any()):
+            known = sorted(word for word in self.tokenizer.get_vocab() if not word.startswith("<"))
+            raise ValueError(f"the prompt {prompt!r} has unknown words; this model knows: {', '.join(known)}")
+        ids = ids.to(self.model.lm.device).expand(len(images), -1).contiguous()
+        generated = self.model.generate(
+            ids,
+            images.to(ids.device).unsqueeze(1),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return list(self.tokenizer.batch_decode(generated, skip_special_tokens=True))
+
+    def read(self, path: str | Path) -> Tensor:
+        """An image file as [channels, size, size] in 0 to 1, light on dark: a bright border means ink on paper."""
+        size, channels = self.model.vision_encoder.config["image_size"], self.model.vision_encoder.config["channels"]
+        try:
+            with Image.open(path) as image:
+                small = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BOX)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path} is not an image that Pillow can read; expected a PNG, JPEG or the like") from error
+        pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255.0).reshape(size, size, channels)
+        border = torch.cat((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+        return (1 - pixels if border.mean() > 0.5 else pixels).permute(2, 0, 1)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the whole folder under another name, then rename it: `folder` is never half written.
+
+        Raises:
+            FileExistsError: `folder` exists and is not empty, and `overwrite` is False or it holds no captioner.
+        """
+        folder = Path(folder)
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if taken and not (overwrite and (folder / CONFIG_FILE).is_file()):
+            raise FileExistsError(f"{folder} exists; choose another folder, or pass overwrite=True to replace a captioner")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            stage.chmod(0o755)
+            self.model.save_bridge(stage)
+            (stage / CONFIG_FILE).write_text(json.dumps({"vision": self.model.vision_encoder.config}, indent=2) + "\n")
+            self.model.lm.save_pretrained(stage / LANGUAGE_MODEL_FOLDER)
+            self.tokenizer.save_pretrained(stage / TOKENIZER_FOLDER)
+            if taken:
+                old = stage.with_name(f"{stage.name}.old")
+                os.rename(folder, old)
+                os.rename(stage, folder)
+                shutil.rmtree(old)
+            else:
+                os.rename(stage, folder)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Captioner:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: `folder` holds no captioner.
+            BridgeMismatchError: its parts do not fit together.
+        """
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+        folder = Path(folder)
+        wanted = (CONFIG_FILE, LANGUAGE_MODEL_FOLDER, TOKENIZER_FOLDER)
+        if missing := [name for name in wanted if not (folder / name).exists()]:
+            raise FileNotFoundError(
+                f"no captioner in {folder}: {', '.join(missing)} missing; expected a folder such as `mllm-fast demo` writes"
+            )
+        vision = PatchEncoder(**json.loads((folder / CONFIG_FILE).read_text())["vision"])
+        lm = AutoModelForCausalLM.from_pretrained(folder / LANGUAGE_MODEL_FOLDER, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER_FOLDER, local_files_only=True)
+        return cls(Flamingo.from_bridge(folder, lm, vision), tokenizer)
+
+
+def generate_captions(
+    path: str | Path, images: Sequence[str | Path], prompt: str | None = None, max_new_tokens: int = 32
+) -> list[str]:
+    """Caption image files with the captioner in folder `path`, one sentence each."""
+    captioner = Captioner.load(path)
+    return captioner.caption(torch.stack([captioner.read(image) for image in images]), prompt, max_new_tokens)
