@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -44,12 +44,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     if args.seconds is not None:
         plan = dataclasses.replace(plan, seconds=args.seconds)
 
-    rows = _run(chosen, torch.device(args.device), plan, errors)
+    rows: list[report.Row] = []
+    for rows in _run(chosen, torch.device(args.device), plan, errors):
+        if args.out is not None:  # after every workload, so that an interruption loses only the one in progress
+            report.save(report.report(rows, plan), args.out)
     data = report.report(rows, plan)
     console.print(report.table(rows))
     console.print(report.summary(data))
     if args.out is not None:
-        report.save(data, args.out)
         written = [args.out]
         if any(r["peers"] for r in rows):
             written.append(args.out.with_suffix(".png"))
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     return int(any("failed" in r for r in rows))
 
 
-def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: Console) -> list[report.Row]:
+def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: Console) -> Iterator[list[report.Row]]:
+    """Yields, after every workload, the rows of all so far."""
     outcomes: list[tuple[Workload, Result | WrongResultError]] = []
     limits: dict[torch.dtype, Limits] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -73,12 +76,12 @@ def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: 
             # Again with every workload: on a shared machine a single attempt may hit a bad moment.
             limits[workload.dtype] = machine_limits(device, workload.dtype).raised(limits.get(workload.dtype))
             progress.advance(task)
-    return [
-        report.row(outcome, limits[workload.dtype])
-        if isinstance(outcome, Result)
-        else report.failed_row(workload, str(outcome))
-        for workload, outcome in outcomes
-    ]
+            yield [
+                report.row(outcome, limits[done.dtype])
+                if isinstance(outcome, Result)
+                else report.failed_row(done, str(outcome))
+                for done, outcome in outcomes
+            ]
 
 
 def _listing(chosen: Sequence[Workload]) -> Table:

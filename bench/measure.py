@@ -31,6 +31,8 @@ Call = Callable[[], Any]
 DISTURBED_SHARE = 0.02
 # With fewer undisturbed samples than this the median is taken over all samples, and the row says so.
 ENOUGH = 3
+# Seconds to wait for other processes before a sample.
+LONGEST_WAIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def time_peers(peers: Mapping[str, Sequence[Call]], plan: Plan, device: torch.de
     deadline = time.monotonic() + plan.seconds
     for order in itertools.cycle((list(peers), list(peers)[::-1])):
         for name in order:
-            wait_until_quiet(min(deadline, time.monotonic() + plan.seconds / 10))
+            wait_until_quiet(min(deadline, time.monotonic() + LONGEST_WAIT))
             samples[name].append(_sample(rotations[name], iterations[name], device))
         rounds = len(samples[name])
         clean = min(sum(not disturbed for _, disturbed in taken) for taken in samples.values())

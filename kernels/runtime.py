@@ -68,6 +68,11 @@ def current_backend() -> str:
     return _backend.get()
 
 
+# torch.compile cannot trace a ContextVar: it takes the value in force while tracing, which a compiled function then keeps.
+# This is what torch.compiler.assume_constant_result does, without its import of the whole compiler.
+current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force an implementation for the calls inside the `with` block, in this thread and async task only.
@@ -117,5 +122,7 @@ def explain(name: str, device_type: str) -> tuple[str, str]:
 
 def choose(name: str, *tensors: torch.Tensor | None) -> str:
     """ "triton" or "torch" for this call of op `name`, by the backend in force and the device of its first tensor."""
-    device_type = next((t.device.type for t in tensors if t is not None), "cpu")
-    return explain(name, device_type)[0]
+    for tensor in tensors:
+        if tensor is not None:
+            return explain(name, tensor.device.type)[0]
+    return explain(name, "cpu")[0]

@@ -86,7 +86,9 @@ class FuseReport:
         return console.file.getvalue()
 
 
-def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = ()) -> FuseReport:
+def fuse(
+    model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = (), prepack: bool = False
+) -> FuseReport:
     """Let every module that mllm_fast knows run its drop-in, in place.
 
     Args:
@@ -96,6 +98,9 @@ def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = ()) -
             also folds weights where that changes rounding in half precision.
         fixes: names of upstream bugs to mend, one name, several, or "all"; by default they are reproduced. See
             `mllm_fast.families.FIXES`.
+        prepack: for CPU inference, keep a second copy of the blocks' weights in oneDNN's blocked layout. A decode step
+            then reads them at the memory's full speed; the blocks' weights take twice their memory. Training and GPUs
+            do not use it.
 
     Returns:
         A report of what was swapped and what was left alone. A model that is fused already is left as it is.
@@ -104,7 +109,7 @@ def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = ()) -
         NothingToFuseError: the model holds no module of a known class that could be fused.
         ValueError: an unknown level or fix.
     """
-    options = Options(_check_level(level), _check_fixes(fixes))
+    options = Options(_check_level(level), _check_fixes(fixes), prepack)
     report = FuseReport(options)
     context = _existing_context(model) or MediaContext()
     for module, paths in _modules(model):

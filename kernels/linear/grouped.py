@@ -128,9 +128,13 @@ def _groups(name: str, x: Tensor | Sequence[Tensor], sizes: Sequence[int] | None
     """
     if not isinstance(x, Tensor):
         if sizes is not None and [rows.shape[-2] for rows in x] != list(sizes):
-            raise ValueError(f"the groups of {name} have {[rows.shape[-2] for rows in x]} rows, but sizes is {list(sizes)}")
+            raise ValueError(
+                f"the groups of {name} have {[rows.shape[-2] for rows in x]} rows, but sizes is {list(sizes)}"
+            )
         if not x or any(rows.dim() < 2 for rows in x):
-            raise ValueError(f"{name} has the shapes {[tuple(rows.shape) for rows in x]}; expected [..., rows, K] a group")
+            raise ValueError(
+                f"{name} has the shapes {[tuple(rows.shape) for rows in x]}; expected [..., rows, K] a group"
+            )
         return x
     if sizes is None:
         raise ValueError(f"{name} is one tensor {tuple(x.shape)}; say with sizes how many rows each group has")

@@ -51,6 +51,10 @@ class CannotFuseError(Exception):
 
 _BLOCK_OPS = ("norm_linear", "attention", "linear_residual")
 _RESAMPLER_OPS = ("stacked_linear", "attention", "linear_residual", "norm_linear")
+_QFORMER_OPS = ("stacked_linear", "attention", "linear_residual", "norm_linear", "grouped_linear")
+_BLIP2 = "transformers.models.blip_2.modeling_blip_2"
+_INSTRUCTBLIP = "transformers.models.instructblip.modeling_instructblip"
+_INSTRUCTBLIP_VIDEO = "transformers.models.instructblipvideo.modeling_instructblipvideo"
 
 _ENTRIES = (
     Entry("open_flamingo.src.helpers.GatedCrossAttentionBlock", "open_flamingo", "FusedGatedCrossAttentionBlock", _BLOCK_OPS),
@@ -115,6 +119,19 @@ _ENTRIES = (
         "blip",
         "FusedBlipAttention",
         ("norm_linear", "attention"),
+    ),
+    Entry(f"{_BLIP2}.Blip2QFormerLayer", "blip2", "FusedBlip2QFormerLayer", _QFORMER_OPS),
+    Entry(f"{_BLIP2}.Blip2QFormerModel", "blip2", "FusedBlip2QFormerModel", ()),
+    Entry(f"{_BLIP2}.Blip2ForConditionalGeneration", "blip2", "FusedBlip2ForConditionalGeneration", ()),
+    Entry(f"{_BLIP2}.Blip2ForImageTextRetrieval", "blip2", "FusedBlip2ForImageTextRetrieval", ()),
+    *(
+        Entry(f"{path}.{name}QFormerLayer", "instructblip", f"Fused{name}QFormerLayer", _QFORMER_OPS)
+        for path, name in ((_INSTRUCTBLIP, "InstructBlip"), (_INSTRUCTBLIP_VIDEO, "InstructBlipVideo"))
+    ),
+    *(
+        Entry(f"{path}.{name}{kind}", "instructblip", f"Fused{name}{kind}", ())
+        for path, name in ((_INSTRUCTBLIP, "InstructBlip"), (_INSTRUCTBLIP_VIDEO, "InstructBlipVideo"))
+        for kind in ("QFormerModel", "ForConditionalGeneration")
     ),
 )
 REGISTRY = {entry.upstream: entry for entry in _ENTRIES}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -128,7 +130,9 @@ def runs_upstream(model: nn.Module, masks: tuple[Tensor | None, ...], kwargs: di
 def _hooked_inside(layer: nn.Module) -> bool:
     """Whether a child that the drop-in does not call does more than its class."""
     branches = [layer.attention, layer.crossattention] if layer.has_cross_attention else [layer.attention]
-    bypassed = [part for branch in branches for part in (branch, branch.attention, branch.output, branch.output.dropout)]
+    bypassed = [
+        part for branch in branches for part in (branch, branch.attention, branch.output, branch.output.dropout)
+    ]
     for suffix in ("", "_query"):
         if hasattr(layer, f"intermediate{suffix}"):
             up, down = getattr(layer, f"intermediate{suffix}"), getattr(layer, f"output{suffix}")
@@ -140,9 +144,14 @@ def hooked(module: nn.Module) -> bool:
     """`children.hooked`, but for the hooks that transformers leaves behind once hidden states were asked for."""
     if not children.hooked(module):
         return False
-    capturing = [getattr(hook, "__module__", "").endswith("output_capturing") for hook in module._forward_hooks.values()]
+    capturing = [
+        getattr(hook, "__module__", "").endswith("output_capturing") for hook in module._forward_hooks.values()
+    ]
     return not all(capturing) or bool(
-        module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -163,7 +172,7 @@ def encode(
         x: [B, S, D] embeddings after their norm, `query_length` queries and then text.
         image: [I, M, D_image], or None where no queries read one.
         attention_mask: [B, S], nonzero where visible; None: everything is.
-        image_mask: [I or B, M].
+        image_mask: [I or B, M], nonzero where visible; None: everything is.
         image_index: [B], the image that each row reads; None: B / I neighbours share one.
         only_queries: leave the text rows out of the last layer's output.
 
@@ -179,8 +188,8 @@ def encode(
     cross_mask, projected = None, [None] * len(layers)
     if image is not None and query_length:
         _check_images(image, batch, image_index)
-        if image_mask is not None:
-            cross_mask = Mask(key_padding=_per_row(image_mask.to(x.device, torch.bool), batch, image_index))
+        seen = _per_row(image_mask, image.shape[0], batch, image_index)
+        cross_mask = None if seen is None else Mask(key_padding=seen.to(x.device, torch.bool))
         projected = project_images(layers, model._mllm_fast, image)
     last = len(layers) - 1
     for i, (layer, keys_values) in enumerate(zip(layers, projected, strict=True)):
@@ -198,18 +207,23 @@ def encode(
     return x
 
 
-def expand_images(image: Tensor | None, rows: int, image_index: Tensor | None) -> Tensor | None:
-    """One image row for each batch row: for upstream's path, which knows no sharing."""
-    if image is None or (image_index is None and image.shape[0] == rows):
-        return image
+def unshared(
+    image: Tensor | None, mask: Tensor | None, rows: int, image_index: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Image features and mask with a row for each batch row: for upstream's path, which knows no sharing."""
+    if image is None:
+        return None, mask
     _check_images(image, rows, image_index)
-    return _per_row(image, rows, image_index)
+    return _per_row(image, image.shape[0], rows, image_index), _per_row(mask, image.shape[0], rows, image_index)
 
 
-def _per_row(x: Tensor, rows: int, image_index: Tensor | None) -> Tensor:
-    if image_index is not None and x.shape[0] != rows:
+def _per_row(x: Tensor | None, images: int, rows: int, image_index: Tensor | None) -> Tensor | None:
+    """From a row for each image to a row for each batch row, where x does not have these already."""
+    if x is None or x.shape[0] != images:
+        return x
+    if image_index is not None:
         return x[image_index]
-    return x if x.shape[0] == rows else x.repeat_interleave(rows // x.shape[0], dim=0)
+    return x if images == rows else x.repeat_interleave(rows // images, dim=0)
 
 
 def _check_images(image: Tensor, rows: int, image_index: Tensor | None) -> None:
@@ -232,6 +246,15 @@ def _check_mask(mask: Tensor, rows: int, length: int, query_length: int) -> None
         )
 
 
+def embed(model: nn.Module, x: Tensor, norm: nn.Module, dropout: nn.Module) -> Tensor:
+    """dropout(norm(x)) of embeddings x [B, S, D], in the norm's dtype; a batch made by `expand` stays one row of memory."""
+    batch, drops = x.shape[0], hooked(dropout) or (dropout.training and dropout.p > 0)
+    if model._mllm_fast.options.level >= 1 and batch > 1 and x.stride(0) == 0 and not drops:
+        x = x[:1]
+    x = children.normalize(x.to(norm.weight.dtype), norm)
+    return dropout(x) if drops else x.expand(batch, -1, -1)
+
+
 _only_queries: ContextVar[bool] = ContextVar("mllm_fast_only_queries", default=False)
 
 
@@ -250,29 +273,54 @@ def only_queries() -> bool:
     return not torch.compiler.is_compiling() and _only_queries.get()
 
 
-def check_image_tokens(
-    input_ids: Tensor | None, token: int | None, features: int, images: int, *, what: str = "images"
-) -> None:
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def check_prompt(model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Compare the image tokens of a prompt with the images, which upstream pairs up silently or not at all.
 
     Args:
-        input_ids: [B, L], or None where embeddings were given.
+        model: with `num_query_tokens` and the image token in its config.
+        function: upstream's forward or generate, about to be called with `args` and `kwargs`.
+
+    Raises:
+        ValueError: see `check_image_tokens`.
+    """
+    given = _signature(function).bind(model, *args, **kwargs).arguments
+    input_ids, pixels = given.get("input_ids"), given.get("pixel_values")
+    encoded = next(iter((given.get("mm_encoder_outputs") or {}).values()), None)
+    if input_ids is None or (pixels is None and encoded is None) or torch.compiler.is_compiling():
+        return
+    token = getattr(
+        model.config, "video_token_index" if hasattr(model.config, "video_token_index") else "image_token_index"
+    )
+    features = model.config.num_query_tokens
+    # An image, or a frame of a video, is what lies in the last three dimensions.
+    images = pixels.shape[:-3].numel() if pixels is not None else encoded.pooler_output.shape[:-1].numel() // features
+    check_image_tokens(input_ids, token, features, images)
+
+
+def check_image_tokens(input_ids: Tensor, token: int | None, features: int, images: int) -> None:
+    """Raise unless each of the images has its tokens in the prompt.
+
+    Args:
+        input_ids: [B, L].
         token: id of the image token.
-        features: language-model positions that one image fills.
-        images: how many images there are.
+        features: positions of the prompt that one image fills.
+        images: how many images (or frames) there are.
 
     Raises:
         ValueError: there is no image token id, the counts differ, or a row holds part of an image.
     """
-    if input_ids is None or torch.compiler.is_compiling():
-        return
     if token is None:
         raise ValueError("config.image_token_index is None, so no token of input_ids stands for an image; set it")
-    counts = (input_ids == token).sum(dim=-1).flatten().tolist()
+    counts = (input_ids == token).sum(dim=-1).tolist()
     if sum(counts) == images * features and not any(count % features for count in counts):
         return
     rows = ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")
     raise ValueError(
-        f"input_ids hold {sum(counts)} image tokens (id {token}; by row: {rows}), but {images} {what} of {features} "
-        f"tokens each need {images * features}; put {features} image tokens into the prompt for every one"
+        f"input_ids hold {sum(counts)} image tokens (id {token}; row by row: {rows}), but {images} images of {features} "
+        f"tokens each need {images * features}; put {features} image tokens into the prompt for each image"
     )

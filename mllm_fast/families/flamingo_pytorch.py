@@ -43,7 +43,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
             immediate=self.attn.only_attend_immediate_media,
         )
         x = gated_attention(self, state.spec, state, x, media, visibility)
-        return gated_ffn(self, state.spec, x)
+        return gated_ffn(self, state.spec, state, x)
 
 
 @named_like_upstream

@@ -123,7 +123,7 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
                 attention_dropout=self.cross_attn.dropout if self.training else 0.0,
                 dropout_p=dropout_p,
             )
-        return gated_ffn(self, spec, hidden_states, dropout_p)
+        return gated_ffn(self, spec, state, hidden_states, dropout_p)
 
     def _reproduces_eager_fp16(self, hidden_states: Tensor) -> bool:
         """Eager fp16 attention has NaN gradients in rows that see no image; without the fix they stay NaN."""

@@ -70,7 +70,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
                 cached=cached,
             )
         x = gated_attention(self, state.spec, state, x, media, visibility)
-        return gated_ffn(self, state.spec, x)
+        return gated_ffn(self, state.spec, state, x)
 
 
 @named_like_upstream

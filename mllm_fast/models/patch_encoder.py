@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class PatchEncoder(nn.Module):
-    """Patches of a picture, each seen with its surroundings: two strided convolutions deep, then learnt positions.
+    """Patches of a picture, each seen with its surroundings, and learnt positions.
+
+    Batch norms, not layer norms: they take out what all pictures have in common. An attention that is still uniform
+    would otherwise average the patches to nearly the same vector for every picture, and training would wait for long.
 
     Args:
         image_size: height and width of the pictures; a multiple of `patch`.
@@ -29,15 +32,15 @@ class PatchEncoder(nn.Module):
             nn.Conv2d(channels, stem, 3, padding=1),
             nn.GELU(),
             nn.Conv2d(stem, dim, patch, stride=patch),
-            nn.GroupNorm(1, dim),
+            nn.BatchNorm2d(dim),
             nn.GELU(),
             nn.Conv2d(dim, dim, 3, padding=1),
-            nn.GroupNorm(1, dim),
+            nn.BatchNorm2d(dim),
             nn.GELU(),
             nn.Conv2d(dim, dim, 3, padding=1),
+            nn.BatchNorm2d(dim),
         )
-        self.norm = nn.LayerNorm(dim)
-        # Of the same order as the normalised patches: attention has to find a place before it can read it.
+        # Of the order of the normalised patches: attention has to find a place before it can read it.
         self.positions = nn.Parameter(0.5 * torch.randn((image_size // patch) ** 2, dim))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -47,5 +50,4 @@ class PatchEncoder(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(images.shape[1:])}; expected {(self.config['channels'], size, size)}"
             )
-        patches = self.layers(2 * images - 1).flatten(2).transpose(1, 2)
-        return self.norm(patches) + self.positions
+        return self.layers(images).flatten(2).transpose(1, 2) + self.positions

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels.linear import ACTIVATIONS
+from ..kernels.linear import ACTIVATIONS, can_pack, pack_weight, packed_linear
 from ..kernels.norm import Norm
+from .state import Derived, needs_graph
 
 # RMSNorm classes of other libraries whose forward is weight * x / rms(x) with fp32 statistics, by class name; a family
 # adds the names it knows.
@@ -69,9 +70,19 @@ def norm_linear(
     *,
     activation: str | None = None,
     gate: nn.Module | None = None,
+    packs: Derived | None = None,
 ) -> Tensor:
-    """act(linear(norm(x))), or act(gate(norm(x))) * linear(norm(x)) for a gated activation."""
+    """act(linear(norm(x))), or act(gate(norm(x))) * linear(norm(x)) for a gated activation.
+
+    `packs` keeps the linears' packed weights, where the model was fused with them.
+    """
     linears_read = readable_linear(linear) and (gate is None or readable_linear(gate))
+    if packs is not None and linears_read and serves_packed(x, linear, gate):
+        x = x if norm is None else normalize(x, norm)
+        y = _packed(x, linear, packs)
+        if activation is None:
+            return y
+        return activate(y, activation) if gate is None else activate(_packed(x, gate, packs), activation) * y
     read = None if norm is None else read_norm(norm)
     if norm is not None and (read is None or not linears_read):
         x, read = normalize(x, norm), None
@@ -103,16 +114,38 @@ def linear_residual(
     gate: Tensor | None = None,
     row_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    packs: Derived | None = None,
 ) -> Tensor:
     """residual + tanh(gate) * row_mask * dropout(linear(x)), in one op where the child can be read."""
-    if readable_linear(linear):
+    packed = packs is not None and readable_linear(linear) and serves_packed(x, linear)
+    if readable_linear(linear) and not packed:
         return ops.linear_residual(
             x, linear.weight, linear.bias, residual=residual, gate=gate, row_mask=row_mask, dropout_p=dropout_p
         )
-    branch = F.dropout(linear(x), dropout_p, dropout_p > 0)
+    branch = _packed(x, linear, packs) if packed and packs is not None else linear(x)
+    branch = F.dropout(branch, dropout_p, dropout_p > 0)
     if gate is not None:
         return ops.gated_residual(residual, branch, gate, row_mask)
     return residual + (branch if row_mask is None else branch * row_mask.unsqueeze(-1))
+
+
+def serves_packed(x: Tensor, *linears: nn.Module | None) -> bool:
+    """Whether packed weights may stand for these linears in this call: CPU inference in the weights' own dtype."""
+    return all(
+        linear is None
+        or (
+            x.dtype == linear.weight.dtype
+            and can_pack(linear.weight)
+            and not needs_graph(x, linear.weight, linear.bias)
+            and not torch.is_autocast_enabled("cpu")
+        )
+        for linear in linears
+    )
+
+
+def _packed(x: Tensor, linear: nn.Module, packs: Derived) -> Tensor:
+    weight = linear.weight
+    return packed_linear(x, packs.get(("packed", id(linear)), (weight,), lambda: pack_weight(weight)), linear.bias)
 
 
 def weights_of(children: Sequence[nn.Module]) -> tuple[list[Tensor | None], Hashable] | None:

@@ -119,7 +119,7 @@ def attend(
         [B, S, heads * head_dim]; exactly 0 in the rows that see no image.
     """
     names = spec.names
-    q = children.norm_linear(x, children.resolve(block, names.norm), children.resolve(block, names.q))
+    q = children.norm_linear(x, children.resolve(block, names.norm), children.resolve(block, names.q), packs=state.packs)
     q = q.unflatten(-1, (spec.heads, spec.head_dim))
     if names.q_norm is not None:
         q = children.normalize(q, children.resolve(block, names.q_norm))
@@ -144,10 +144,12 @@ def gated_attention(
     attended = attend(block, spec, state, x, media, visibility, attention_dropout)
     out = children.resolve(block, spec.names.out)
     gate = children.resolve(block, spec.names.attn_gate)
-    return children.linear_residual(attended, out, x, gate=gate, row_mask=row_mask, dropout_p=dropout_p)
+    return children.linear_residual(attended, out, x, gate=gate, row_mask=row_mask, dropout_p=dropout_p, packs=state.packs)
 
 
-def gated_ffn(block: nn.Module, spec: GatedCrossAttentionSpec, x: Tensor, dropout_p: float = 0.0) -> Tensor:
+def gated_ffn(
+    block: nn.Module, spec: GatedCrossAttentionSpec, state: FusedState, x: Tensor, dropout_p: float = 0.0
+) -> Tensor:
     """x + tanh(gate) * ffn(norm(x)), x [B, S, D]."""
     names = spec.names
     act_gate = None if names.ffn_act_gate is None else children.resolve(block, names.ffn_act_gate)
@@ -157,9 +159,10 @@ def gated_ffn(block: nn.Module, spec: GatedCrossAttentionSpec, x: Tensor, dropou
         children.resolve(block, names.ffn_up),
         activation=spec.activation,
         gate=act_gate,
+        packs=state.packs,
     )
-    gate = children.resolve(block, names.ffn_gate)
-    return children.linear_residual(hidden, children.resolve(block, names.ffn_down), x, gate=gate, dropout_p=dropout_p)
+    down, gate = children.resolve(block, names.ffn_down), children.resolve(block, names.ffn_gate)
+    return children.linear_residual(hidden, down, x, gate=gate, dropout_p=dropout_p, packs=state.packs)
 
 
 def broadcast_text(x: Tensor, media: Tensor) -> Tensor:
@@ -323,7 +326,7 @@ class GatedCrossAttentionBlock(nn.Module):
             [B, S, dim].
         """
         x = gated_attention(self, self.spec, self._mllm_fast, broadcast_text(x, media), media, visibility)
-        return gated_ffn(self, self.spec, x)
+        return gated_ffn(self, self.spec, self._mllm_fast, x)
 
     def share(self, context: MediaContext) -> None:
         """Use a model's context, so that one `context.clear()` reaches all its blocks."""

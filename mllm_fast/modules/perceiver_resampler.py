@@ -96,8 +96,9 @@ def resample(module: nn.Module, spec: PerceiverResamplerSpec, state: FusedState,
             children.resolve(module, layer.ffn_up),
             activation=spec.activation,
             gate=act_gate,
+            packs=state.packs,
         )
-        x = children.linear_residual(hidden, children.resolve(module, layer.ffn_down), x)
+        x = children.linear_residual(hidden, children.resolve(module, layer.ffn_down), x, packs=state.packs)
     return children.normalize(x.expand(images, -1, -1), children.resolve(module, spec.final_norm))
 
 
@@ -113,7 +114,8 @@ def _attention(
         k_norm = children.resolve(module, layer.k_norm)
         k, latent_k = children.normalize(k, k_norm), children.normalize(latent_k, k_norm)
     attended = ops.attention(q.expand(images, -1, -1, -1), k, v, extra_k=latent_k, extra_v=latent_v).flatten(-2)
-    return children.linear_residual(attended, children.resolve(module, layer.out), x.expand(images, -1, -1))
+    out = children.resolve(module, layer.out)
+    return children.linear_residual(attended, out, x.expand(images, -1, -1), packs=state.packs)
 
 
 def _latent_projections(

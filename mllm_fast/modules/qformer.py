@@ -114,7 +114,9 @@ class Layer:
     state: FusedState = field(repr=False)
 
 
-def project_images(layers: Sequence[Layer], state: FusedState, image: Tensor, stacks: Stacks | None = None) -> list[Tensor | None]:
+def project_images(
+    layers: Sequence[Layer], state: FusedState, image: Tensor, stacks: Stacks | None = None
+) -> list[Tensor | None]:
     """Keys and values of the image for all layers that read it, in one GEMM.
 
     Args:
@@ -144,7 +146,12 @@ def project_images(layers: Sequence[Layer], state: FusedState, image: Tensor, st
 
 
 def run_layer(
-    layer: Layer, x: Tensor, image: Tensor | None, call: LayerCall, attend: Attend | None = None, keep: list[KeysValues] | None = None
+    layer: Layer,
+    x: Tensor,
+    image: Tensor | None,
+    call: LayerCall,
+    attend: Attend | None = None,
+    keep: list[KeysValues] | None = None,
 ) -> Tensor:
     """One layer.
 
@@ -294,7 +301,9 @@ def _post_norm(
     )
 
 
-def linear_post_norm(x: Tensor, linear: nn.Module, norm: nn.Module, residual: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+def linear_post_norm(
+    x: Tensor, linear: nn.Module, norm: nn.Module, residual: Tensor, *, dropout_p: float = 0.0
+) -> Tensor:
     """norm(residual + dropout(linear(x))), the post-norm edge of a BERT block; one op where both children can be read.
 
     Args:

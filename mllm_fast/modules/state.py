@@ -25,10 +25,12 @@ class Options:
         level: 0 uses the kernels only, 1 also computes once what upstream computes again and again (exact up to the
             order of rounding), 2 also folds weights where that changes rounding in half precision.
         fixes: names of the upstream bugs that are mended instead of reproduced.
+        prepack: keep a second copy of the weights in oneDNN's layout for CPU inference.
     """
 
     level: int = 1
     fixes: frozenset[str] = frozenset()
+    prepack: bool = False
 
 
 class TensorKey:
@@ -157,6 +159,11 @@ class FusedState:
 
     def fixes(self, name: str) -> bool:
         return name in self.options.fixes
+
+    @property
+    def packs(self) -> Derived | None:
+        """Where packed weights are kept; None where the model was fused without them."""
+        return self.derived if self.options.prepack else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "derived": None}

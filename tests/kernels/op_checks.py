@@ -66,8 +66,8 @@ def check_low_precision(
 ) -> None:
     """For outputs and all gradients, our error in `dtype` is at most twice the peer's, in RMS and at the worst entry.
 
-    The exact result is the peer's in fp64 on the inputs as rounded to `dtype`. Several draws are pooled, because the error
-    of one scalar (the gradient of a gate) can be small by luck; on top comes a rounding of the result itself.
+    The exact result is the peer's in fp64 on the inputs as rounded to `dtype`. Several draws are pooled, because the
+    error of one scalar (the gradient of a gate) can be small by luck; on top comes a rounding of the result itself.
     """
     pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for _ in range(draws):
