@@ -47,10 +47,10 @@ class Plan:
 
     samples: int = 15
     seconds: float = 30.0
-    sample_ms: float = 20.0
+    sample_ms: float = 5.0
 
 
-QUICK = Plan(samples=3, seconds=4.0, sample_ms=5.0)
+QUICK = Plan(samples=3, seconds=4.0)
 
 
 @dataclass(frozen=True)

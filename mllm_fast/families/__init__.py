@@ -133,6 +133,22 @@ _ENTRIES = (
         for path, name in ((_INSTRUCTBLIP, "InstructBlip"), (_INSTRUCTBLIP_VIDEO, "InstructBlipVideo"))
         for kind in ("QFormerModel", "ForConditionalGeneration")
     ),
+    Entry(
+        "transformers.models.llava.modeling_llava.LlavaMultiModalProjector",
+        "llava",
+        "FusedLlavaMultiModalProjector",
+        ("norm_linear",),
+    ),
+    Entry("transformers.models.llava.modeling_llava.LlavaModel", "llava", "FusedLlavaModel", (), 1),
+    Entry(
+        "transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",
+        "llava",
+        "FusedLlavaForConditionalGeneration",
+        (),
+        1,
+    ),
+    Entry("transformers.models.clip.modeling_clip.CLIPEncoder", "llava", "FusedCLIPEncoder", (), 1),
+    Entry("transformers.models.siglip.modeling_siglip.SiglipEncoder", "llava", "FusedSiglipEncoder", (), 1),
 )
 REGISTRY = {entry.upstream: entry for entry in _ENTRIES}
 

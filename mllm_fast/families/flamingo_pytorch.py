@@ -5,7 +5,13 @@ from __future__ import annotations
 from flamingo_pytorch.flamingo_pytorch import GatedCrossAttentionBlock, PerceiverResampler
 from torch import Tensor, nn
 
-from ..modules.gated_cross_attention import broadcast_text, flamingo_visibility, gated_attention, gated_ffn
+from ..modules.gated_cross_attention import (
+    broadcast_text,
+    flamingo_visibility,
+    gated_attention,
+    gated_ffn,
+    one_row_each,
+)
 from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import resample
 from ..modules.state import FusedState, Options
@@ -26,7 +32,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
     def forward(self, x: Tensor, media: Tensor, media_locations: Tensor | None = None) -> Tensor:
         """As upstream: x [B, S, D], media [B_media, images, tokens, D], media_locations [B, S] bool or None (see all)."""
         if any_hooked(self):
-            return super().forward(x, media, media_locations)
+            return super().forward(x, one_row_each(media, x.shape[0]), media_locations)
         x = broadcast_text(x, media)
         if media_locations is not None and media_locations.shape[1] != x.shape[1]:
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from .. import ops
 from ..kernels.attention import MediaSubsets
 from ..modules import children
-from ..modules.gated_cross_attention import GatedCrossAttentionSpec, Names, gated_attention, gated_ffn
+from ..modules.gated_cross_attention import GatedCrossAttentionSpec, Names, gated_attention, gated_ffn, one_row_each
 from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import LayerNames, PerceiverResamplerSpec, resample
 from ..modules.state import FusedState, Options
@@ -83,9 +83,10 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
         bypassed = (self.act_cross_attn, self.act_dense, self.mlp, self.mlp.act_fn)
         missing = image_hidden_states is None or cross_attention_gate is None or past_key_values is not None
         if missing or any(children.hooked(child) for child in bypassed):
-            if media_mask is not None and image_hidden_states is not None:
-                image_attention_mask = _dense_mask(media_mask, image_hidden_states)
-                image_hidden_states = _one_row_each(image_hidden_states, hidden_states.shape[0])
+            if image_hidden_states is not None:
+                if media_mask is not None:
+                    image_attention_mask = _dense_mask(media_mask, image_hidden_states)
+                image_hidden_states = one_row_each(image_hidden_states, hidden_states.shape[0])
             return super().forward(  # which also says what is missing
                 hidden_states,
                 attention_mask,
@@ -145,7 +146,7 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
     ) -> Tensor:
         attended, _ = self.cross_attn(
             hidden_states=children.normalize(hidden_states, self.input_layernorm),
-            key_value_states=_one_row_each(image_hidden_states, hidden_states.shape[0]),
+            key_value_states=one_row_each(image_hidden_states, hidden_states.shape[0]),
             attention_mask=mask,
             **kwargs,
         )
@@ -175,16 +176,18 @@ def _seen_tokens(
     media = image_hidden_states.unsqueeze(2)
     if mask is None:
         return media, None
-    if mask.device.type != "cpu" or mask.shape[1] != 1:
+    if mask.device.type != "cpu" or mask.shape[1] != 1 or not mask.is_floating_point():
         return None
+    rows = gate.shape
 
     def build() -> tuple[MediaSubsets, Tensor] | None:
         visible = mask[:, 0] == 0
         if not bool((visible | (mask[:, 0] == torch.finfo(mask.dtype).min)).all()):
             return None
+        visible = visible.expand(*rows, -1)
         return MediaSubsets.from_mask(visible, 1), visible.any(dim=-1)
 
-    built = context.visibility(mask, "dense", build)
+    built = context.visibility(mask, ("dense", rows), build)
     if built is None or bool(((gate != 0) & ~built[1]).any()):
         return None
     return media, built[0]
@@ -196,10 +199,6 @@ def _dense_mask(media_mask: Tensor, image_hidden_states: Tensor) -> Tensor:
     hidden = ~media_mask.repeat_interleave(tokens, dim=-1)[:, None]
     dense = torch.zeros(hidden.shape, dtype=image_hidden_states.dtype, device=hidden.device)
     return dense.masked_fill(hidden, torch.finfo(dense.dtype).min)
-
-
-def _one_row_each(media: Tensor, rows: int) -> Tensor:
-    return media if media.shape[0] == rows else media.repeat_interleave(rows // media.shape[0], dim=0)
 
 
 @named_like_upstream
@@ -258,7 +257,7 @@ class FusedIdeficsModel(IdeficsModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; text rows may be a multiple of the image rows (beams share their sample's images)."""
         mask = kwargs.get("image_attention_mask")
-        if mask is None or args or not all(state_of(layer) for layer in self.gated_cross_attn_layers):
+        if mask is None or args or not _all_layers_fused(self):
             return super().forward(*args, **kwargs)
         text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if kwargs.get("attention_mask") is None and text is not None:
@@ -297,6 +296,13 @@ class FusedIdeficsForVisionText2Text(IdeficsForVisionText2Text):
             self._mllm_fast.shared.clear()
 
     def _expand_inputs_for_generation(self, **model_kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        if not _all_layers_fused(self.model):
+            return super()._expand_inputs_for_generation(**model_kwargs)
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(**model_kwargs)
         return input_ids, {**model_kwargs, **images}
+
+
+def _all_layers_fused(model: IdeficsModel) -> bool:
+    """Only our layers understand the small mask and let text rows share media rows."""
+    return state_of(model) is not None and all(state_of(layer) is not None for layer in model.gated_cross_attn_layers)

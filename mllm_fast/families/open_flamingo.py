@@ -11,7 +11,13 @@ from open_flamingo.src.flamingo_lm import FlamingoLMMixin
 from open_flamingo.src.helpers import GatedCrossAttentionBlock, PerceiverResampler
 from torch import Tensor, nn
 
-from ..modules.gated_cross_attention import broadcast_text, flamingo_visibility, gated_attention, gated_ffn
+from ..modules.gated_cross_attention import (
+    broadcast_text,
+    flamingo_visibility,
+    gated_attention,
+    gated_ffn,
+    one_row_each,
+)
 from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import resample
 from ..modules.state import FusedState, Options
@@ -41,7 +47,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
         Beyond upstream, B may be a multiple of B_media: text row b reads media row b // (B / B_media).
         """
         if any_hooked(self):
-            return super().forward(x, media, media_locations, use_cached_media)
+            return super().forward(x, one_row_each(media, x.shape[0]), media_locations, use_cached_media)
         state = self._mllm_fast
         x = broadcast_text(x, media)
         if media_locations is None:
@@ -134,7 +140,7 @@ class FusedFlamingo(Flamingo):
         if attention_mask is None:
             attention_mask = torch.ones_like(lang_x)
         # Upstream repeats the pixels for every beam before encoding; `_encode_vision_x` takes one copy of each.
-        state.extra["copies"] = beams
+        state.extra["copies"] = beams if self._all_blocks_fused() else 1
         try:
             return super().generate(vision_x, lang_x, attention_mask, **kwargs)
         finally:
@@ -142,6 +148,15 @@ class FusedFlamingo(Flamingo):
             state.shared.clear()
             if self.lang_encoder._use_cached_vision_x:  # an error inside: leave no conditioning behind
                 self.uncache_media()
+
+    def _all_blocks_fused(self) -> bool:
+        """Only our blocks let text rows share media rows; each may sit inside a wrapper."""
+        blocks = [layer.gated_cross_attn_layer for layer in self.lang_encoder._get_decoder_layers()]
+        return all(
+            any(isinstance(m, FusedGatedCrossAttentionBlock) for m in block.modules())
+            for block in blocks
+            if block is not None
+        )
 
     def _encode_vision_x(self, vision_x: Tensor) -> None:
         super()._encode_vision_x(vision_x[:: self._mllm_fast.extra["copies"]])
@@ -172,11 +187,11 @@ class FusedFlamingoLMMixin(FlamingoLMMixin):
             return super().forward(input_ids, attention_mask, **kwargs)
         layers = self._get_decoder_layers()
         earlier = layers[0].media_locations
-        with _appending(layers, earlier):
+        with Appending(layers, earlier):
             return super().forward(input_ids, attention_mask, **kwargs)
 
 
-class _appending:
+class Appending:
     """While it lasts, conditioning the layers on locations puts the earlier ones in front instead of dropping them."""
 
     def __init__(self, layers: nn.ModuleList, earlier: Tensor) -> None:

@@ -188,6 +188,11 @@ def broadcast_text(x: Tensor, media: Tensor) -> Tensor:
     return x
 
 
+def one_row_each(media: Tensor, rows: int) -> Tensor:
+    """The media [B_media, ...] with a row for each of `rows` text rows, for upstream code that cannot share them."""
+    return media if media.shape[0] in (1, rows) else media.repeat_interleave(rows // media.shape[0], dim=0)
+
+
 def flamingo_visibility(
     context: MediaContext,
     options: Options,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
@@ -105,7 +106,9 @@ def autocast_key(device_type: str) -> Hashable:
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the graph of what is computed from these tensors."""
+    """Whether autograd, backward or forward mode, will ask for the graph of what is computed from these tensors."""
+    if forward_ad._current_level >= 0:  # a dual tensor shares its storage and version with its primal
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

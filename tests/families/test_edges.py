@@ -258,3 +258,17 @@ def test_idefics_model_builds_no_dense_mask() -> None:
     assert record.largest()[1] <= max(limit, length * 98) and limit > length * images * tokens
     dense = [a for a in record.allocations if a[1] == length * images * tokens]
     assert not dense, dense
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_without_patching_the_mixin(kwargs: dict[str, int]) -> None:
+    """transformers 5 drops an all-ones mask, on which the unpatched mixin fails; the fused one does not."""
+    upstream = of_model()
+    fused = copy.deepcopy(upstream)
+    language_model = fused.lang_encoder
+    mixed = type(language_model)
+    language_model.__class__ = type(mixed.__name__, (FlamingoLMMixin, mixed.__mro__[-1 - mixed.__mro__[::-1].index(LlamaForCausalLM)]), {"__module__": __name__})
+    mllm_fast.fuse(fused)
+    inputs = of_inputs()
+    expected = upstream.generate(**inputs, max_new_tokens=4, **kwargs)
+    assert torch.equal(fused.generate(**inputs, max_new_tokens=4, **kwargs), expected)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from builders import IMAGE_TOKEN, MEDIA_DIM, TEXT_DIM, idefics, luc_block, of_block, of_inputs, of_model
+from decoders import FlamingoDecoder
 from instruments import Results, assert_within_twice, backward_results
-from test_generations import FlamingoDecoder
 from torch import Tensor, nn
 
 import mllm_fast
