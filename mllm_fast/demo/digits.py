@@ -39,7 +39,7 @@ class Settings:
     seed: int = 0
     grammar_steps: int = 250
     epochs: int = 24
-    batch: int = 64
+    batch: int = 32
     learning_rate: float = 3e-3
 
 
@@ -130,7 +130,7 @@ def teach_language_model(
     optimizer = torch.optim.AdamW(lm.parameters(), settings.learning_rate)
     task = progress.add_task("teach the language model", total=settings.grammar_steps, loss="")
     for _ in range(settings.grammar_steps):
-        rows = torch.randint(len(ids), (settings.batch,))
+        rows = torch.randint(len(ids), (64,))
         loss = lm(input_ids=ids[rows], labels=labels[rows]).loss
         optimizer.zero_grad()
         loss.backward()

@@ -21,8 +21,10 @@ from builders import (
     of_model,
 )
 from instruments import recording
+from open_flamingo.src.flamingo_lm import FlamingoLMMixin
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from transformers import LlamaForCausalLM
 
 import mllm_fast
 
@@ -261,14 +263,13 @@ def test_idefics_model_builds_no_dense_mask() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_generate_without_patching_the_mixin(kwargs: dict[str, int]) -> None:
-    """transformers 5 drops an all-ones mask, on which the unpatched mixin fails; the fused one does not."""
+def test_generate_without_the_patch_that_upstream_needs(kwargs: dict[str, int]) -> None:
+    """transformers 5 drops an all-ones mask, on which the mixin as released fails; the fused one does not."""
     upstream = of_model()
     fused = copy.deepcopy(upstream)
-    language_model = fused.lang_encoder
-    mixed = type(language_model)
-    language_model.__class__ = type(mixed.__name__, (FlamingoLMMixin, mixed.__mro__[-1 - mixed.__mro__[::-1].index(LlamaForCausalLM)]), {"__module__": __name__})
+    fused.lang_encoder.__class__ = type("Released", (FlamingoLMMixin, LlamaForCausalLM), {"__module__": __name__})
+    with pytest.raises(TypeError, match="attention_mask"):
+        fused.generate(**of_inputs(), max_new_tokens=4, **kwargs)
     mllm_fast.fuse(fused)
-    inputs = of_inputs()
-    expected = upstream.generate(**inputs, max_new_tokens=4, **kwargs)
-    assert torch.equal(fused.generate(**inputs, max_new_tokens=4, **kwargs), expected)
+    expected = upstream.generate(**of_inputs(), max_new_tokens=4, **kwargs)
+    assert torch.equal(fused.generate(**of_inputs(), max_new_tokens=4, **kwargs), expected)
