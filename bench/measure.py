@@ -29,7 +29,7 @@ Call = Callable[[], Any]
 
 # A sample counts as disturbed when our threads waited for a core for more than this share of it.
 DISTURBED_SHARE = 0.02
-# With fewer undisturbed samples than this the median is taken over all samples, and the row says so.
+# If a peer has fewer undisturbed samples than this, all samples of all peers count, and the row says it is noisy.
 ENOUGH = 3
 # Seconds to wait for other processes before a sample.
 LONGEST_WAIT = 0.5
@@ -55,7 +55,10 @@ QUICK = Plan(samples=3, seconds=4.0)
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median and quartiles over the undisturbed samples, or over all if there are too few."""
+    """Milliseconds of one call: median and quartiles.
+
+    Over the undisturbed samples if every peer has enough of them, else over all samples of every peer.
+    """
 
     median_ms: float
     low_ms: float
@@ -120,7 +123,8 @@ def time_peers(peers: Mapping[str, Sequence[Call]], plan: Plan, device: torch.de
         rounds = len(samples[name])
         clean = min(sum(not disturbed for _, disturbed in taken) for taken in samples.values())
         if clean >= plan.samples or (rounds >= ENOUGH and time.monotonic() >= deadline):
-            return {name: _timing(taken) for name, taken in samples.items()}
+            # Like with like: an undisturbed peer is never held against a disturbed one.
+            return {name: _timing(taken, only_clean=clean >= ENOUGH) for name, taken in samples.items()}
     raise AssertionError("unreachable")
 
 
@@ -154,9 +158,9 @@ def _sample(rotation: Iterator[Call], iterations: int, device: torch.device) -> 
     return elapsed / iterations, waited > DISTURBED_SHARE * elapsed
 
 
-def _timing(taken: Sequence[tuple[float, bool]]) -> Timing:
+def _timing(taken: Sequence[tuple[float, bool]], *, only_clean: bool) -> Timing:
     clean = [seconds for seconds, disturbed in taken if not disturbed]
-    used = clean if len(clean) >= ENOUGH else [seconds for seconds, _ in taken]
+    used = clean if only_clean else [seconds for seconds, _ in taken]
     low, median, high = statistics.quantiles(used, n=4, method="inclusive") if len(used) > 1 else used * 3
     return Timing(median * 1e3, low * 1e3, high * 1e3, len(taken), len(taken) - len(clean))
 

@@ -10,6 +10,7 @@ import io
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -86,9 +87,7 @@ class FuseReport:
         return console.file.getvalue()
 
 
-def fuse(
-    model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = (), prepack: bool = False
-) -> FuseReport:
+def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = (), prepack: bool = False) -> FuseReport:
     """Let every module that mllm_fast knows run its drop-in, in place.
 
     Args:
@@ -113,8 +112,8 @@ def fuse(
     report = FuseReport(options)
     context = _existing_context(model) or MediaContext()
     for module, paths in _modules(model):
-        if state_of(module) is not None:
-            report.left_alone.append(LeftAloneRow(paths, _name(state_of(module).original_class), "already fused"))
+        if (state := state_of(module)) is not None:
+            report.left_alone.append(LeftAloneRow(paths, _name(state.original_class), "already fused"))
             continue
         if isinstance(module.__dict__.get("_mllm_fast"), FusedState):
             report.left_alone.append(LeftAloneRow(paths, _name(type(module)), "a module of mllm_fast itself"))
@@ -134,7 +133,9 @@ def fuse(
         report.fused.append(FusedRow(paths, was, type(module).__qualname__, _kernels(module, entry)))
         report.left_alone += _called_children(module, paths, entry)
     if not report.fused and not any(row.reason.startswith(("already", "a module")) for row in report.left_alone):
-        reasons = "".join(f"\n  {row.path or ROOT}: {row.was} was left alone: {row.reason}" for row in report.left_alone)
+        reasons = "".join(
+            f"\n  {row.path or ROOT}: {row.was} was left alone: {row.reason}" for row in report.left_alone
+        )
         known = "".join(f"\n  {name}" for name in sorted(REGISTRY))
         raise NothingToFuseError(f"{_name(type(model))} holds nothing to fuse.{reasons}\nKnown classes:{known}")
     return report
@@ -155,7 +156,7 @@ def unfuse(model: nn.Module) -> None:
 def _swap(module: nn.Module, entry: Entry, options: Options, context: MediaContext) -> None:
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise CannotFuseError("its forward was replaced on the instance")
-    dropin = entry.load()
+    dropin: Any = entry.load()
     fused_class = dropin_class(module, dropin, entry)
     state = dropin.fused_state(module, options, context)
     module.__dict__["_mllm_fast"] = state
@@ -198,7 +199,9 @@ def _called_children(module: nn.Module, path: str, entry: Entry) -> list[LeftAlo
         if (linear and not readable_linear(child)) or hooked(child):
             wrapped.append(name)
             why = "hooked" if hooked(child) else "wrapped or packed"
-            rows.append(LeftAloneRow(f"{path}.{name}".lstrip("."), _name(type(child)), f"{why}: called, and fused around"))
+            rows.append(
+                LeftAloneRow(f"{path}.{name}".lstrip("."), _name(type(child)), f"{why}: called, and fused around")
+            )
     return rows
 
 

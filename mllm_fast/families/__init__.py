@@ -57,7 +57,12 @@ _INSTRUCTBLIP = "transformers.models.instructblip.modeling_instructblip"
 _INSTRUCTBLIP_VIDEO = "transformers.models.instructblipvideo.modeling_instructblipvideo"
 
 _ENTRIES = (
-    Entry("open_flamingo.src.helpers.GatedCrossAttentionBlock", "open_flamingo", "FusedGatedCrossAttentionBlock", _BLOCK_OPS),
+    Entry(
+        "open_flamingo.src.helpers.GatedCrossAttentionBlock",
+        "open_flamingo",
+        "FusedGatedCrossAttentionBlock",
+        _BLOCK_OPS,
+    ),
     Entry("open_flamingo.src.helpers.PerceiverResampler", "open_flamingo", "FusedPerceiverResampler", _RESAMPLER_OPS),
     Entry("open_flamingo.src.flamingo.Flamingo", "open_flamingo", "FusedFlamingo", (), 1),
     Entry("open_flamingo.src.flamingo_lm.FlamingoLMMixin", "open_flamingo", "FusedFlamingoLMMixin", (), 1),
@@ -169,6 +174,7 @@ def find(module: nn.Module) -> Entry | None:
 
 
 def class_path(cls: type) -> str:
+    """Module and qualified name, as `Entry.upstream` has it."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -181,7 +187,7 @@ def dropin_class(module: nn.Module, dropin: type[nn.Module], entry: Entry) -> ty
         CannotFuseError: the subclass has a forward of its own, which a drop-in would silently replace.
     """
     own = type(module)
-    upstream = next(cls for cls in own.__mro__ if class_path(cls) == entry.upstream)
+    upstream: Any = next(cls for cls in own.__mro__ if class_path(cls) == entry.upstream)
     if own is upstream:
         return dropin
     # transformers wraps the forward of every subclass of a checkpointing layer; below the wrapper it is the same one.

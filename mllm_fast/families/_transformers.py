@@ -34,7 +34,7 @@ def model_dropin(dropin: type[T]) -> type[T]:
     it is built. A drop-in's class appears later, so it enters its own line.
     """
     dropin = named_like_upstream(dropin)
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(dropin), dropin._can_record_outputs)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(dropin), getattr(dropin, "_can_record_outputs"))  # noqa: B009
     return dropin
 
 

@@ -21,7 +21,7 @@ from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import LayerNames, PerceiverResamplerSpec, resample
 from ..modules.state import FusedState, Options
 from . import CannotFuseError, named_like_upstream, state_of
-from ._transformers import model_dropin
+from ._transformers import activation_name, model_dropin
 
 # The keyword by which a fused IdeficsModel hands its layers the [batch, length, images] mask it was given.
 MEDIA_MASK = "mllm_fast_media_mask"
@@ -38,7 +38,7 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
     @classmethod
     def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
         attention = module.cross_attn
-        if type(module.mlp.act_fn) is not nn.SiLU and type(module.mlp.act_fn).__name__ != "SiLUActivation":
+        if activation_name(module.mlp.act_fn) != "silu":
             raise CannotFuseError(f"its feed-forward activation is {type(module.mlp.act_fn).__name__}, not SiLU")
         spec = GatedCrossAttentionSpec(
             heads=attention.num_heads,
@@ -99,7 +99,7 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
         state, spec = self._mllm_fast, self._mllm_fast.spec
         # Upstream stores config.dropout, a float, under the name `config`.
         dropout_p = self.config if self.training else 0.0
-        seen = None
+        seen: tuple[Tensor, MediaSubsets | None] | None = None
         if not children.hooked(self.cross_attn) and not self._reproduces_eager_fp16(hidden_states):
             if media_mask is not None:
                 seen = _seen_images(state.shared, image_hidden_states, media_mask)
@@ -154,9 +154,7 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
         return ops.gated_residual(hidden_states, attended, self.alpha_cross_attn, gate != 0)
 
 
-def _seen_images(
-    context: MediaContext, image_hidden_states: Tensor, media_mask: Tensor
-) -> tuple[Tensor, MediaSubsets]:
+def _seen_images(context: MediaContext, image_hidden_states: Tensor, media_mask: Tensor) -> tuple[Tensor, MediaSubsets]:
     """The media as [B_media, images, tokens, D], and who sees which image, from the [B, S, images] mask."""
     images, length = media_mask.shape[-1], image_hidden_states.shape[1]
     tokens = length // images

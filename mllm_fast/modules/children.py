@@ -6,7 +6,8 @@ PEFT, bitsandbytes, accelerate, FSDP or a forward hook has wrapped computes some
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ def _has_dropout(child: nn.Module) -> bool:
     return any(getattr(m, "p", 0) for m in child.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
 
-def _adapter_state(child: nn.Module) -> Hashable:
+def _adapter_state(child: nn.Module) -> Any:
     """What of a PEFT layer changes its output without changing a tensor."""
     if not hasattr(child, "active_adapters"):
         return type(child)
@@ -195,9 +196,9 @@ def _plain_storage(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
-def resolve(module: nn.Module, path: str) -> nn.Module | Tensor:
+def resolve(module: nn.Module, path: str) -> Any:
     """The child or parameter at a dotted path: `resolve(block, "attn.to_q")`."""
-    found: Callable | nn.Module | Tensor = module
+    found: Any = module
     for name in path.split("."):
         found = getattr(found, name)
     return found

@@ -119,7 +119,9 @@ def attend(
         [B, S, heads * head_dim]; exactly 0 in the rows that see no image.
     """
     names = spec.names
-    q = children.norm_linear(x, children.resolve(block, names.norm), children.resolve(block, names.q), packs=state.packs)
+    q = children.norm_linear(
+        x, children.resolve(block, names.norm), children.resolve(block, names.q), packs=state.packs
+    )
     q = q.unflatten(-1, (spec.heads, spec.head_dim))
     if names.q_norm is not None:
         q = children.normalize(q, children.resolve(block, names.q_norm))
@@ -144,7 +146,9 @@ def gated_attention(
     attended = attend(block, spec, state, x, media, visibility, attention_dropout)
     out = children.resolve(block, spec.names.out)
     gate = children.resolve(block, spec.names.attn_gate)
-    return children.linear_residual(attended, out, x, gate=gate, row_mask=row_mask, dropout_p=dropout_p, packs=state.packs)
+    return children.linear_residual(
+        attended, out, x, gate=gate, row_mask=row_mask, dropout_p=dropout_p, packs=state.packs
+    )
 
 
 def gated_ffn(

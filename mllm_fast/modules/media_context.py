@@ -100,7 +100,15 @@ class MediaContext:
         record.layers[layer] = (TensorKeys(tensors, extra), k, v)
         return k, v
 
-    def _extend(self, record, layer, media, tensors, extra, project) -> KeysValues:
+    def _extend(
+        self,
+        record: _Record,
+        layer: Hashable,
+        media: Tensor,
+        tensors: Sequence[Tensor | None],
+        extra: Hashable,
+        project: Project,
+    ) -> KeysValues:
         """Project the images that the record's parent has not projected yet."""
         parent = record.parent
         entry = None if parent is None else parent.layers.get(layer)

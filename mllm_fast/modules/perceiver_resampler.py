@@ -46,6 +46,7 @@ class LayerNames:
 
     @property
     def keys_values(self) -> tuple[str, ...]:
+        """The paths of the key and value projections: one or two."""
         paths = (self.kv,) if self.kv is not None else (self.k, self.v)
         return tuple(path for path in paths if path is not None)
 

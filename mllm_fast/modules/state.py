@@ -51,6 +51,7 @@ class TensorKey:
         self._snapshot = tensor.clone() if tensor.is_inference() and tensor.device.type == "cpu" else None
 
     def matches(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is the keyed tensor, unchanged."""
         if tensor.untyped_storage()._cdata != self._storage.cdata or _where(tensor) != self._where:
             return False
         return self._snapshot is None or torch.equal(tensor, self._snapshot)
@@ -92,6 +93,7 @@ class TensorKeys:
         self._extra = extra
 
     def match(self, tensors: Sequence[Tensor | None], extra: Hashable = None) -> bool:
+        """Whether these are the keyed tensors, unchanged, and `extra` is the keyed one."""
         if len(tensors) != len(self._keys) or extra != self._extra:
             return False
         return all(
@@ -122,6 +124,7 @@ class Derived:
         self._entries: dict[Hashable, tuple[TensorKeys, Any]] = {}
 
     def get(self, name: Hashable, sources: Sequence[Tensor | None], build: Callable[[], T]) -> T:
+        """`build()`, or what it gave the last time where `sources` are what they were then."""
         if needs_graph(*sources) or torch.compiler.is_compiling():
             self._entries.pop(name, None)
             return build()
@@ -137,6 +140,7 @@ class Derived:
         return value
 
     def clear(self) -> None:
+        """Forget everything that was computed."""
         self._entries.clear()
 
 
@@ -161,6 +165,7 @@ class FusedState:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def fixes(self, name: str) -> bool:
+        """Whether the model was fused with this fix."""
         return name in self.options.fixes
 
     @property

@@ -107,19 +107,30 @@ def test_short_calls_are_repeated_within_a_sample():
 
 def test_disturbed_samples_do_not_count():
     taken = [(1.0, False), (1.1, False), (1.2, False), (9.0, True), (9.0, True), (9.0, True), (9.0, True)]
-    timing = measure._timing(taken)
+    timing = measure._timing(taken, only_clean=True)
     assert timing.median_ms == pytest.approx(1100)
     assert (timing.samples, timing.disturbed, timing.reliable) == (7, 4, True)
 
 
 def test_too_few_undisturbed_samples_are_said_to_be_unreliable():
-    timing = measure._timing([(1.0, False), (9.0, True), (9.0, True)])
+    timing = measure._timing([(1.0, False), (9.0, True), (9.0, True)], only_clean=False)
     assert timing.median_ms == pytest.approx(9000)
     assert not timing.reliable
 
 
+def test_an_undisturbed_peer_is_not_held_against_a_disturbed_one(monkeypatch):
+    monkeypatch.setattr(measure, "_sample", lambda rotation, iterations, device: next(rotation)())
+    # The warm-up takes three: of b's samples only the first is undisturbed.
+    b = itertools.chain([(1.0, False)] * 4, itertools.repeat((9.0, True)))
+    calls = {"a": [lambda: (1.0, False)], "b": [lambda: next(b)]}
+    timings = time_peers(calls, Plan(samples=5, seconds=0.02), CPU)
+    assert timings["a"].disturbed == 0
+    assert timings["b"].median_ms == 9000  # all samples count, the disturbed too
+    assert not timings["b"].reliable
+
+
 def test_one_sample_is_its_own_median():
-    timing = measure._timing([(1.0, True)])
+    timing = measure._timing([(1.0, True)], only_clean=False)
     assert (timing.low_ms, timing.median_ms, timing.high_ms) == (1000, 1000, 1000)
 
 
