@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .kernels.audit import Row
 
 LIBRARIES = ("torch", "triton", "transformers", "bitsandbytes", "xformers", "peft")
 DEMO_MODULES = ("matplotlib", "skimage", "sklearn")
@@ -144,6 +147,74 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", nargs="+", metavar="ARCH", help="sm_80, sm_86, sm_89, sm_90, gfx942, or native: the "
+                        "GPU at hand, on which the kernels are loaded too (default: sm_80 sm_90 gfx942)")  # fmt: skip
+    parser.add_argument("--op", nargs="+", default=(), metavar="NAME", help="only the kernels of these ops")
+    parser.add_argument("--processes", type=_positive, default=2, metavar="N", help="that compile (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _audit(args: argparse.Namespace) -> int:
+    """Status 0: all passed; 1: some variant failed."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .kernels import audit, launch
+
+    native = args.arch == ["native"]
+    try:
+        architectures = (launch.device_architecture(),) if native else args.arch or audit.DEFAULT_ARCHITECTURES
+        todo = audit.jobs(audit.find_variants(), architectures, args.op, load=native)
+    except (audit.UnknownOpError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        running = audit.run(todo, args.processes)
+        rows = list(progress.track(running, total=len(todo), description="compiling"))
+    rows.sort(key=lambda row: (row.architecture, row.op, row.kernel, row.label))
+    failed = sum(bool(row.failures) for row in rows)
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))  # noqa: T201
+    else:
+        _print_audit(rows)
+        verdict = f"{failed} of {len(rows)} variants failed" if failed else f"all {len(rows)} variants passed"
+        print(f"{verdict} on {', '.join(architectures)}")  # noqa: T201
+    return int(failed > 0)
+
+
+def _print_audit(rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file has no width, and the table must not be cut
+    table = Table(title="Audit", title_justify="left")
+    for name in ("arch", "kernel", "variant"):
+        table.add_column(name, overflow="fold")
+    for name in ("registers", "spilled", "shared KiB", "occupancy", "tensor cores", "instr / element"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict", overflow="fold")
+    for row in rows:
+        numbers = [""] * 6
+        if row.registers is not None and row.tensor_core is not None:
+            scalar = f"{row.scalar_dots} scalar dots" if row.scalar_dots else ""
+            per_element = row.instructions_per_element
+            numbers = [
+                str(row.registers),
+                str(row.spilled_bytes),
+                f"{(row.shared_bytes or 0) / 1024:.1f}",
+                f"{row.occupancy:.0%}",
+                " ".join(filter(None, (*(f"{count} {kind}" for kind, count in row.tensor_core.items()), scalar))),
+                "" if per_element is None else f"{per_element:.3g}",
+            ]
+        verdict = f"[red]{escape('; '.join(row.failures))}[/]" if row.failures else "passed"
+        table.add_row(row.architecture, row.kernel, escape(row.label), *numbers, verdict)
+    console.print(table)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -163,6 +234,7 @@ class Command:
 COMMANDS = (
     Command("info", "devices, versions, and which implementation runs each op here", _info_arguments, _info),
     Command("demo", "every supported system on real photographs, then a real fine-tuning run", _demo_arguments, _demo),
+    Command("audit", "compile every kernel for other GPUs, and look for what makes one slow", _audit_arguments, _audit),
     Command("generate", "caption images with a model that was trained here", _generate_arguments, _generate),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .kernels.attention import Mask as Mask
 from .kernels.attention import MediaRanges as MediaRanges
 from .kernels.attention import MediaSubsets as MediaSubsets
+from .kernels.attention import absorbed_attention as absorbed_attention
 from .kernels.attention import attention as attention
 from .kernels.gated_residual import gated_residual as gated_residual
 from .kernels.linear import StackedWeight as StackedWeight

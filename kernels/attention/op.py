@@ -11,9 +11,12 @@ from .masks import Mask
 from .plan import Shapes, plan_for
 
 runtime.register_op(
-    "attention", "softmax(q k^T * scale + mask) v: one or two key sources, media visibility, GQA, dropout"
+    "attention",
+    "softmax(q k^T * scale + mask) v: one or two key sources, media visibility, GQA, dropout",
+    has_triton=True,
 )
 
+_SEEDS = 1 << 62
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,7 +67,40 @@ def attention(
         BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
     settings = (q, k, v, extra_k, extra_v, mask, scale, kv_index, dropout_p, seed)
-    return _untraced(*settings) if torch.compiler.is_compiling() else _attend(*settings)
+    if not torch.compiler.is_compiling():
+        return _attend(*settings)
+    return _attend(*settings) if _traceable(q) else _untraced(*settings)
+
+
+def _implementation(q: Tensor) -> str:
+    """ "triton" or "torch", by the backend in force, the device and what the kernels can serve.
+
+    Raises:
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
+    """
+    if _chosen(q.device.type) == "torch":
+        return "torch"
+    from . import triton_op
+
+    reason = triton_op.unsupported(q)
+    if reason is None:
+        return "triton"
+    if runtime.current_backend() == "triton":
+        raise runtime.BackendUnavailableError(f"{reason}; call it under backend('auto') or 'torch'")
+    return "torch"
+
+
+def _chosen(device_type: str) -> str:
+    return runtime.explain("attention", device_type)[0]
+
+
+# As for runtime.current_backend: a compiled function keeps the choice in force while it was traced.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _traceable(q: Tensor) -> bool:
+    """Whether a tracer can follow this call: the kernels' side reads no mask on the host."""
+    return q.ndim == 4 and q.dtype in _FLOATS and _implementation(q) == "triton"
 
 
 def _attend(
@@ -86,22 +122,54 @@ def _attend(
     shapes = _shapes(q, k, v, extra_k, extra_v, kv_index)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], but is {dropout_p}")
-    runtime.choose("attention", q)
-    plan = plan_for(mask, kv_index, shapes, q.device)
     if scale is None:
         scale = q.shape[3] ** -0.5
-    if dropout_p == 0.0:
-        seed = 0
-    elif seed is None:
-        seed = int(torch.randint(1 << 62, ()).item())
     # The kernels take head dimensions whose elements lie side by side.
-    given = (x for x in (q, k, v, extra_k, extra_v) if x is not None)
-    tensors = tuple(x if x.stride(3) == 1 else x.contiguous() for x in given)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    extra_k, extra_v = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (extra_k, extra_v))
+    if _implementation(q) == "triton":
+        return _on_triton(q, k, v, extra_k, extra_v, mask, scale, kv_index, dropout_p, seed)
+    plan = plan_for(mask, kv_index, shapes, q.device)
+    seed = 0 if dropout_p == 0.0 else _drawn(seed)
+    tensors = tuple(x for x in (q, k, v, extra_k, extra_v) if x is not None)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         result: Tensor = reference.Attention.apply(plan, scale, dropout_p, seed, *tensors)
         return result
     with reference.without_autocast(device_type):
-        return reference.run(plan, tensors[0], reference.pairs(tensors[1:]), scale, dropout_p, seed)[0]
+        return reference.infer(plan, tensors[0], reference.pairs(tensors[1:]), scale, dropout_p, seed)
+
+
+def _on_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    mask: Mask | None,
+    scale: float,
+    kv_index: Tensor | None,
+    dropout_p: float,
+    seed: int | None,
+) -> Tensor:
+    from . import triton_op
+
+    if mask is not None:
+        mask.check(q.shape[0], q.shape[1], k.shape[1])
+    sources = (q, k, v, extra_k, extra_v)
+    if not torch.compiler.is_compiling():
+        seed = 0 if dropout_p == 0.0 else _drawn(seed)
+        return triton_op.run(*sources, triton_op.settings_of(mask, kv_index, scale, dropout_p, seed, q.device))
+    # The seed stays a tensor: a tracer cannot look into it.
+    if dropout_p > 0.0 and seed is None:
+        drawn = torch.randint(_SEEDS, ())
+    else:
+        drawn = torch.full((), seed or 0, dtype=torch.int64)
+    settings = triton_op.settings_of(mask, kv_index, scale, dropout_p, 0, q.device)
+    return triton_op.run_traced(*sources, settings, drawn)
+
+
+def _drawn(seed: int | None) -> int:
+    return int(torch.randint(_SEEDS, ()).item()) if seed is None else seed
 
 
 # Masks are read on the host, which a tracer cannot follow: one break around the call, rather than many inside of it.

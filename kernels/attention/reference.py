@@ -45,6 +45,18 @@ def run(
     return total, total_lse
 
 
+def infer(plan: Plan, q: Tensor, sources: tuple[Source, ...], scale: float, dropout_p: float, seed: int) -> Tensor:
+    """The output alone, where no backward pass will want the logsumexp."""
+    if dropout_p == 0.0 and len(plan.segments) == 1 and plan.covers:
+        pieces = plan.segments[0].pieces
+        if not any(piece.causal or piece.uniform for piece in pieces):
+            taken = [tuple(piece.keys.take(x) for x in sources[piece.source]) for piece in pieces]
+            out = dense.inference(q, taken, scale)
+            if out is not None:
+                return out
+    return run(plan, q, sources, scale, dropout_p, seed)[0]
+
+
 def _run_segment(
     segment: Segment, q: Tensor, sources: tuple[Source, ...], scale: float, wide: torch.dtype, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:

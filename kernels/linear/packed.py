@@ -6,17 +6,26 @@ two thirds of the bandwidth of two cores and two fifths of that of one; from blo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
+# Activations that oneDNN appends to a GEMM: its name and algorithm for each.
+ACTIVATIONS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether `pack_weight` can serve this weight on this machine."""
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES or not torch.backends.mkldnn.is_available():
+    return weight.is_cpu and _machine_packs(weight.dtype)
+
+
+@functools.cache
+def _machine_packs(dtype: torch.dtype) -> bool:
+    if dtype not in DTYPES or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -32,15 +41,17 @@ def pack_weight(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b with a packed W. For inference: no gradient flows.
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """act(x W^T + b) with a packed W. For inference: no gradient flows.
 
     Args:
         x: [..., K] in the dtype of the weight.
         packed: from `pack_weight`, of a weight [N, K].
         bias: [N] or None.
+        activation: None, "gelu", "gelu_tanh" or "relu", computed while the products are in registers.
 
     Returns:
         [..., N] in the dtype of x.
     """
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    name, algorithm = ACTIVATIONS[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..modules.children import hooked, resolve
+from ..modules.children import hooked
 from ..modules.gated_cross_attention import GatedCrossAttentionSpec, Names
 from ..modules.perceiver_resampler import LayerNames, PerceiverResamplerSpec
 from . import CannotFuseError
@@ -66,15 +66,16 @@ def resampler_spec(resampler: nn.Module) -> PerceiverResamplerSpec:
     )
 
 
-def bypassed(module: nn.Module) -> list[nn.Module]:
-    """The children whose own forward the drop-in does not run: their hooks would not fire."""
-    if hasattr(module, "layers"):
-        return [child for pair in module.layers for child in (pair, *pair)] + [pair[1][2] for pair in module.layers]
-    return [module.attn, module.ff, module.ff[2]]
+def block_hooked(block: nn.Module) -> bool:
+    """Whether a child is hooked whose own forward the fused block does not run."""
+    children = block._modules
+    return hooked(children["attn"]) or hooked(children["ff"]) or hooked(children["ff"]._modules["2"])
 
 
-def any_hooked(module: nn.Module) -> bool:
-    return any(hooked(child) for child in bypassed(module))
+def resampler_hooked(resampler: nn.Module) -> bool:
+    """Whether a child is hooked whose own forward the fused resampler does not run."""
+    pairs = resampler.layers
+    return any(hooked(child) for pair in pairs for child in (pair, *pair, pair[1][2]))
 
 
 def activation_name(activation: nn.Module) -> str:
@@ -90,6 +91,3 @@ def activation_name(activation: nn.Module) -> str:
 
 def _out_features(linear: nn.Module) -> int:
     return int(linear.out_features)
-
-
-__all__ = ["BLOCK_NAMES", "activation_name", "any_hooked", "block_spec", "resampler_spec", "resolve"]

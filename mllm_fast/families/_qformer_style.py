@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +17,16 @@ from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 from ..kernels.attention import Mask
 from ..modules import children
 from ..modules.media_context import MediaContext
-from ..modules.qformer import AttentionNames, FfnNames, Layer, LayerCall, QFormerLayerSpec, project_images, run_layer
+from ..modules.qformer import (
+    AttentionNames,
+    FfnNames,
+    Layer,
+    LayerCall,
+    QFormerLayerSpec,
+    absorbs,
+    project_images,
+    run_layer,
+)
 from ..modules.state import FusedState, Options
 from . import CannotFuseError, state_of
 
@@ -101,10 +111,15 @@ class ModelState:
         return FusedState(type(module), options, None, context)
 
 
-def run(layer: nn.Module, x: Tensor, image: Tensor | None, call: LayerCall) -> Tensor:
+def run(layer: nn.Module, x: Tensor, source: Tensor | None, call: LayerCall) -> Tensor | tuple[Tensor, Tensor]:
     """The forward of a fused layer that was given a call."""
     state: FusedState = layer._mllm_fast
-    return run_layer(Layer(layer, state.spec, state), x, image, call)
+    return run_layer(Layer(layer, state.spec, state), x, source, call)
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The layers of a fused Q-Former, as `modules.qformer` sees them."""
+    return [Layer(module, state_of(module).spec, state_of(module)) for module in model.encoder.layer]
 
 
 def register_outputs(model: nn.Module) -> None:
@@ -180,31 +195,65 @@ def encode(
         [B, S, D], or [B, query_length, D] with `only_queries`.
     """
     batch, length = x.shape[:2]
-    layers = [Layer(module, state_of(module).spec, state_of(module)) for module in model.encoder.layer]
+    layers = layers_of(model)
     mask = None
     if attention_mask is not None:
         _check_mask(attention_mask, batch, length, query_length)
         mask = Mask(key_padding=attention_mask.to(x.device, torch.bool))
-    cross_mask, projected = None, [None] * len(layers)
+    cross_mask, projected, absorbed = None, [None] * len(layers), False
     if image is not None and query_length:
         _check_images(image, batch, image_index)
+        image = one_if_shared(image, layers[0].state.options) if image_index is None else image
+        image = image.to(x.dtype)
         seen = _per_row(image_mask, image.shape[0], batch, image_index)
         cross_mask = None if seen is None else Mask(key_padding=seen.to(x.device, torch.bool))
-        projected = project_images(layers, model._mllm_fast, image)
-    last = len(layers) - 1
-    for i, (layer, keys_values) in enumerate(zip(layers, projected, strict=True)):
-        call = LayerCall(
-            query_length,
-            mask,
-            cross_mask,
-            image_index,
-            projected=keys_values is not None,
-            rows=query_length if only_queries and i == last else None,
+        absorbed = image_index is None and absorbs(layers, x, image, query_length)
+        if not absorbed:
+            projected = project_images(layers, model._mllm_fast, image)
+    call = LayerCall(query_length, mask, cross_mask, image_index, absorbed=absorbed)
+    return run_layers(model, x, image, projected, call, rows=query_length if only_queries else None)[0]
+
+
+def run_layers(
+    model: nn.Module,
+    x: Tensor,
+    image: Tensor | None,
+    projected: Sequence[Tensor | None],
+    call: LayerCall,
+    *,
+    rows: int | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Call the layers of a fused Q-Former one after another, as modules, so that their hooks and checkpointing run.
+
+    Args:
+        x: [B, S, D] embeddings after their norm.
+        image: [I, M, D_image] features.
+        projected: for each layer its keys and values of the image (`project_images`), or with `call.past` those that its
+            self-attention sees first; None lets it read the features.
+        call: what all layers are told.
+        rows: of the last layer's output; None is all.
+
+    Returns:
+        [B, S or rows, D], and with `call.keep` the keys and values of each layer, [B, S, 2 * heads * head_dim].
+    """
+    kept: list[Tensor] = []
+    last = len(projected) - 1
+    for i, (layer, keys_values) in enumerate(zip(model.encoder.layer, projected, strict=True)):
+        own = dataclasses.replace(
+            call, projected=keys_values is not None and not call.past, rows=rows if i == last else None
         )
         # What may need gradients goes by position, where reentrant checkpointing looks for it.
-        source = None if layer.spec.cross is None else image if keys_values is None else keys_values
-        x = layer.module(x, None, source, **{CALL: call})
-    return x
+        source = image if keys_values is None and layer.has_cross_attention else keys_values
+        x = layer(x, None, source, **{CALL: own})
+        if call.keep:
+            x, keys_values = x
+            kept.append(keys_values)
+    return x, kept
+
+
+def one_if_shared(x: Tensor, options: Options) -> Tensor:
+    """A batch that `expand` made of one row, as that row."""
+    return x[:1] if options.level >= 1 and x.shape[0] > 1 and x.stride(0) == 0 else x
 
 
 def unshared(
@@ -249,8 +298,8 @@ def _check_mask(mask: Tensor, rows: int, length: int, query_length: int) -> None
 def embed(model: nn.Module, x: Tensor, norm: nn.Module, dropout: nn.Module) -> Tensor:
     """dropout(norm(x)) of embeddings x [B, S, D], in the norm's dtype; a batch made by `expand` stays one row of memory."""
     batch, drops = x.shape[0], hooked(dropout) or (dropout.training and dropout.p > 0)
-    if model._mllm_fast.options.level >= 1 and batch > 1 and x.stride(0) == 0 and not drops:
-        x = x[:1]
+    if not drops:
+        x = one_if_shared(x, model._mllm_fast.options)
     x = children.normalize(x.to(norm.weight.dtype), norm)
     return dropout(x) if drops else x.expand(batch, -1, -1)
 

@@ -97,7 +97,7 @@ class FusedBlip2QFormerModel(Blip2QFormerModel, ModelState):
         hidden = encode(
             self,
             x,
-            None if image is None else image.to(x.dtype),
+            image,
             query_length=x.shape[1] if query_length is None else query_length,
             attention_mask=attention_mask,
             image_mask=image_mask,

@@ -16,7 +16,7 @@ from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import resample
 from ..modules.state import FusedState, Options
 from . import named_like_upstream
-from ._flamingo_style import any_hooked, block_spec, resampler_spec
+from ._flamingo_style import block_hooked, block_spec, resampler_hooked, resampler_spec
 
 
 @named_like_upstream
@@ -31,7 +31,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
 
     def forward(self, x: Tensor, media: Tensor, media_locations: Tensor | None = None) -> Tensor:
         """As upstream: x [B, S, D], media [B_media, images, tokens, D], media_locations [B, S] bool or None (see all)."""
-        if any_hooked(self):
+        if block_hooked(self):
             return super().forward(x, one_row_each(media, x.shape[0]), media_locations)
         x = broadcast_text(x, media)
         if media_locations is not None and media_locations.shape[1] != x.shape[1]:
@@ -64,7 +64,7 @@ class FusedPerceiverResampler(PerceiverResampler):
 
     def forward(self, x: Tensor) -> Tensor:
         """As upstream: x [B, images, tokens, D] or [B, tokens, D] -> [B, images, latents, D]."""
-        if any_hooked(self):
+        if resampler_hooked(self):
             return super().forward(x)
         if x.ndim == 3:
             x = x.unsqueeze(1)

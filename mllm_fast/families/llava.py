@@ -1,4 +1,4 @@
-"""HF LLaVA (transformers.models.llava): the projector, the image splice, and a vision tower that stops where nobody reads on."""
+"""HF LLaVA (transformers.models.llava): projector, image splice, and a vision tower without the layers nobody reads."""
 
 from __future__ import annotations
 

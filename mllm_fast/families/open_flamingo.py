@@ -22,7 +22,7 @@ from ..modules.media_context import MediaContext
 from ..modules.perceiver_resampler import resample
 from ..modules.state import FusedState, Options
 from . import named_like_upstream
-from ._flamingo_style import any_hooked, block_spec, resampler_spec
+from ._flamingo_style import block_hooked, block_spec, resampler_hooked, resampler_spec
 
 
 @named_like_upstream
@@ -46,7 +46,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
 
         Beyond upstream, B may be a multiple of B_media: text row b reads media row b // (B / B_media).
         """
-        if any_hooked(self):
+        if block_hooked(self):
             return super().forward(x, one_row_each(media, x.shape[0]), media_locations, use_cached_media)
         state = self._mllm_fast
         x = broadcast_text(x, media)
@@ -91,7 +91,7 @@ class FusedPerceiverResampler(PerceiverResampler):
 
     def forward(self, x: Tensor) -> Tensor:
         """As upstream: x [B, images, frames, tokens, D] -> [B, images, latents, D]."""
-        if any_hooked(self):
+        if resampler_hooked(self):
             return super().forward(x)
         if x.ndim != 5:
             raise ValueError(f"image features must be [batch, images, frames, tokens, dim], got {tuple(x.shape)}")

@@ -139,6 +139,19 @@ class Captioner:
 def generate_captions(
     path: str | Path, images: Sequence[str | Path], prompt: str | None = None, max_new_tokens: int = 32
 ) -> list[str]:
-    """Caption image files with the captioner in folder `path`, one sentence each."""
+    """Caption image files with the captioner in folder `path`, one sentence each.
+
+    Args:
+        path: a folder that `Captioner.save` (or the demo) wrote.
+        images: files of any size that Pillow reads.
+        prompt: words that every caption begins with.
+        max_new_tokens: words added to the prompt at most.
+
+    Raises:
+        FileNotFoundError: no captioner in `path`, or an image file is missing.
+        ValueError: no images, a file that is no image, or a prompt with unknown words.
+    """
+    if not images:
+        raise ValueError("no images were given; pass at least one image file")
     captioner = Captioner.load(path)
     return captioner.caption(torch.stack([captioner.read(image) for image in images]), prompt, max_new_tokens)

@@ -6,6 +6,7 @@ PEFT, bitsandbytes, accelerate, FSDP or a forward hook has wrapped computes some
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels.linear import ACTIVATIONS, can_pack, pack_weight, packed_linear
+from ..kernels.linear import ACTIVATIONS, StackedWeight, can_pack, pack_weight, packed_activations, packed_linear
 from ..kernels.norm import Norm
 from .state import Derived, needs_graph
 
@@ -35,12 +36,22 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    return all(t is None or type(t) in (nn.Parameter, Tensor) for t in tensors)
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+# A decode step asks the following of every child, so they look straight into nn.Module's tables: its __getattr__ alone
+# would cost as much as all of a block's small ops.
 
 
 def readable_linear(module: nn.Module) -> bool:
     """Whether `module` is exactly `F.linear(x, module.weight, module.bias)`."""
-    return type(module) is nn.Linear and not hooked(module) and _plain(module.weight, module.bias)
+    if type(module) is not nn.Linear or hooked(module):
+        return False
+    parameters = module._parameters
+    bias = parameters.get("bias")
+    return type(parameters.get("weight")) in _PLAIN and (bias is None or type(bias) in _PLAIN)
 
 
 def read_norm(module: nn.Module) -> Norm | None:
@@ -80,10 +91,11 @@ def norm_linear(
     linears_read = readable_linear(linear) and (gate is None or readable_linear(gate))
     if packs is not None and linears_read and serves_packed(x, linear, gate):
         x = x if norm is None else normalize(x, norm)
-        y = _packed(x, linear, packs)
-        if activation is None:
-            return y
-        return activate(y, activation) if gate is None else activate(_packed(x, gate, packs), activation) * y
+        if gate is not None:
+            return activate(_packed(x, gate, packs), activation) * _packed(x, linear, packs)
+        if activation in packed_activations:
+            return _packed(x, linear, packs, activation)
+        return activate(_packed(x, linear, packs), activation)
     read = None if norm is None else read_norm(norm)
     if norm is not None and (read is None or not linears_read):
         x, read = normalize(x, norm), None
@@ -124,7 +136,8 @@ def linear_residual(
             x, linear.weight, linear.bias, residual=residual, gate=gate, row_mask=row_mask, dropout_p=dropout_p
         )
     branch = _packed(x, linear, packs) if packed and packs is not None else linear(x)
-    branch = F.dropout(branch, dropout_p, dropout_p > 0)
+    if dropout_p > 0:
+        branch = F.dropout(branch, dropout_p)
     if gate is not None:
         return ops.gated_residual(residual, branch, gate, row_mask)
     return residual + (branch if row_mask is None else branch * row_mask.unsqueeze(-1))
@@ -132,21 +145,33 @@ def linear_residual(
 
 def serves_packed(x: Tensor, *linears: nn.Module | None) -> bool:
     """Whether packed weights may stand for these linears in this call: CPU inference in the weights' own dtype."""
-    return all(
-        linear is None
-        or (
-            x.dtype == linear.weight.dtype
-            and can_pack(linear.weight)
-            and not needs_graph(x, linear.weight, linear.bias)
-            and not torch.is_autocast_enabled("cpu")
-        )
-        for linear in linears
-    )
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    for linear in linears:
+        if linear is not None:
+            weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+            if x.dtype != weight.dtype or not can_pack(weight) or needs_graph(x, weight, bias):
+                return False
+    return True
 
 
-def _packed(x: Tensor, linear: nn.Module, packs: Derived) -> Tensor:
-    weight = linear.weight
-    return packed_linear(x, packs.get(("packed", id(linear)), (weight,), lambda: pack_weight(weight)), linear.bias)
+def _packed(x: Tensor, linear: nn.Module, packs: Derived, activation: str | None = None) -> Tensor:
+    weight = linear._parameters["weight"]
+    packed = packs.get(("packed", id(linear)), (weight,), lambda: pack_weight(weight))
+    return packed_linear(x, packed, linear._parameters["bias"], activation)
+
+
+def stacked_linear(
+    x: Tensor, stacked: StackedWeight, norm: Norm | None, name: Hashable, packs: Derived | None = None
+) -> tuple[Tensor, ...]:
+    """`ops.stacked_linear`, over packed weights where the model was fused with them; `name` tells stacks apart."""
+    weight = stacked.weight
+    if packs is None or not can_pack(weight) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return ops.stacked_linear(x, stacked, norm=norm)
+    if needs_graph(x, weight, stacked.bias):
+        return ops.stacked_linear(x, stacked, norm=norm)
+    packed = packs.get(("packed", name), (weight,), lambda: pack_weight(weight))
+    return packed_linear(x if norm is None else ops.normalize(x, norm), packed, stacked.bias).split(stacked.sizes, -1)
 
 
 def weights_of(children: Sequence[nn.Module]) -> tuple[list[Tensor | None], Hashable] | None:
@@ -199,6 +224,14 @@ def _plain_storage(tensors: Sequence[Tensor | None]) -> bool:
 def resolve(module: nn.Module, path: str) -> Any:
     """The child or parameter at a dotted path: `resolve(block, "attn.to_q")`."""
     found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name)
+    for name in _split(path):
+        child = found._modules.get(name)
+        if child is None:
+            child = found._parameters.get(name)
+        found = getattr(found, name) if child is None else child
     return found
+
+
+@functools.cache
+def _split(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))

@@ -115,18 +115,19 @@ def self_attention(
     if rows is None:
         q, k, v = _project(state, "self", x, (query, key, value))
     else:
-        q = children.norm_linear(read, None, query)
+        q = children.norm_linear(read, None, query, packs=state.packs)
         k, v = _project(state, "self k, v", x, (key, value))
     q, k, v = (t.unflatten(-1, (spec.heads, spec.head_dim)) for t in (q, k, v))
     if extend is not None:
         k, v = extend(k, v)
     attended = ops.attention(q, k, v, mask=mask, dropout_p=_dropout(layer, names.dropout))
-    return _add_and_norm(layer, attended.flatten(-2), names.out, names.out_dropout, names.norm, read)
+    return _add_and_norm(layer, state, attended.flatten(-2), names.out, names.out_dropout, names.norm, read)
 
 
 def cross_attention(
     layer: nn.Module,
     spec: MedLayerSpec,
+    state: FusedState,
     x: Tensor,
     k: Tensor,
     v: Tensor,
@@ -144,16 +145,17 @@ def cross_attention(
     """
     names = spec.cross_attention
     assert names is not None, "a layer without cross-attention was given an image"
-    q = children.norm_linear(x, None, children.resolve(layer, names.query))
+    q = children.norm_linear(x, None, children.resolve(layer, names.query), packs=state.packs)
     q = q.unflatten(-1, (spec.heads, spec.head_dim))
     attended = ops.attention(q, k, v, mask=mask, kv_index=image_index, dropout_p=_dropout(layer, names.dropout))
-    return _add_and_norm(layer, attended.flatten(-2), names.out, names.out_dropout, names.norm, x)
+    return _add_and_norm(layer, state, attended.flatten(-2), names.out, names.out_dropout, names.norm, x)
 
 
-def feed_forward(layer: nn.Module, spec: MedLayerSpec, x: Tensor) -> Tensor:
+def feed_forward(layer: nn.Module, spec: MedLayerSpec, state: FusedState, x: Tensor) -> Tensor:
     """LN(x + W_2 act(W_1 x)), x [..., D]."""
-    hidden = children.norm_linear(x, None, children.resolve(layer, spec.ffn_up), activation=spec.activation)
-    return _add_and_norm(layer, hidden, spec.ffn_down, spec.ffn_dropout, spec.ffn_norm, x)
+    up = children.resolve(layer, spec.ffn_up)
+    hidden = children.norm_linear(x, None, up, activation=spec.activation, packs=state.packs)
+    return _add_and_norm(layer, state, hidden, spec.ffn_down, spec.ffn_dropout, spec.ffn_norm, x)
 
 
 def image_keys_values(
@@ -221,9 +223,7 @@ def project_stacked(state: FusedState, name: Hashable, x: Tensor, linears: Seque
     weights, biases = [linear.weight for linear in together], [linear.bias for linear in together]
     bias = None if all(b is None for b in biases) else biases
     # The pattern of readable ones is part of the name: a LoRA that comes and goes must not meet the other's weights.
-    stacked = state.derived.get(
-        (name, tuple(readable)), [*weights, *biases], lambda: ops.stack_weights(weights, bias)
-    )
+    stacked = state.derived.get((name, tuple(readable)), [*weights, *biases], lambda: ops.stack_weights(weights, bias))
     outputs = iter(ops.stacked_linear(x, stacked))
     return [next(outputs) if read else linear(x) for linear, read in zip(linears, readable, strict=True)]
 
@@ -263,10 +263,15 @@ def _blind_rows(visible: Tensor, queries: int, keys: int, causal: bool) -> Tenso
 
 def _project(state: FusedState, name: str, x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
     """The output of each linear on x, in one GEMM where that costs no copy of the weights at every call."""
-    frozen = all(children.readable_linear(p) and not needs_graph(p.weight, p.bias) for p in linears)
-    if state.options.level == 0 or not frozen or torch.compiler.is_compiling():
-        return [children.norm_linear(x, None, linear) for linear in linears]
-    return project_stacked(state, name, x, linears)
+    if state.options.level == 0 or state.packs is not None or torch.compiler.is_compiling():
+        together = False
+    else:
+        together = all(map(children.readable_linear, linears)) and not needs_graph(
+            *(t for linear in linears for t in (linear.weight, linear.bias))
+        )
+    if together:
+        return project_stacked(state, name, x, linears)
+    return [children.norm_linear(x, None, linear, packs=state.packs) for linear in linears]
 
 
 def _dropout(layer: nn.Module, path: str) -> float:
@@ -275,7 +280,13 @@ def _dropout(layer: nn.Module, path: str) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def _add_and_norm(layer: nn.Module, x: Tensor, out: str, dropout: str, norm: str, residual: Tensor) -> Tensor:
+def _add_and_norm(
+    layer: nn.Module, state: FusedState, x: Tensor, out: str, dropout: str, norm: str, residual: Tensor
+) -> Tensor:
     """norm(residual + dropout(out(x)))."""
-    linear, last = children.resolve(layer, out), children.resolve(layer, norm)
-    return linear_post_norm(x, linear, last, residual, dropout_p=_dropout(layer, dropout))
+    linear, last, p = children.resolve(layer, out), children.resolve(layer, norm), _dropout(layer, dropout)
+    read = None if state.packs is None else children.read_norm(last)
+    if read is not None and children.readable_linear(linear) and children.serves_packed(x, linear):
+        x = children.norm_linear(x, None, linear, packs=state.packs)
+        return ops.layer_norm(x, read.weight, read.bias, read.eps, residual=residual, dropout_p=p)
+    return linear_post_norm(x, linear, last, residual, dropout_p=p)

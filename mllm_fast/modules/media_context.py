@@ -27,22 +27,28 @@ class _Record:
     """One media tensor that was seen, and the keys and values every layer made of it."""
 
     def __init__(self, media: Tensor, parent: _Record | None) -> None:
-        self.key = TensorKey(media)
-        # Kept to recognise these images at the head of a longer media tensor; a few per cent of the keys and values.
-        self.copy = media.detach().clone()
+        # Kept to recognise these images at the head of a longer media tensor.
+        self.media = media.detach()
+        self.key = TensorKey(self.media)
         self.parent = parent
         self.layers: dict[Hashable, tuple[TensorKeys, Tensor, Tensor]] = {}
 
     def begins(self, media: Tensor) -> bool:
         """Whether `media` holds these very images, followed by more."""
-        images, other = self.copy.shape[1], media.shape
+        own, other = self.media.shape, media.shape
         return (
-            images < other[1]
-            and (self.copy.shape[0], *self.copy.shape[2:]) == (other[0], *other[2:])
-            and self.copy.dtype == media.dtype
-            and self.copy.device == media.device
-            and torch.equal(media[:, :images], self.copy)
+            own[1] < other[1]
+            and (own[0], *own[2:]) == (other[0], *other[2:])
+            and self.media.dtype == media.dtype
+            and self.media.device == media.device
+            and self.key.matches(self.media)  # nobody wrote to it since
+            and torch.equal(media[:, : own[1]], self.media)
         )
+
+    @property
+    def alive(self) -> bool:
+        """Whether anybody else still holds the media: two uses of the storage are the tensor and this very look at it."""
+        return torch._C._storage_Use_Count(self.media.untyped_storage()._cdata) > 2
 
 
 class MediaContext:
@@ -114,9 +120,9 @@ class MediaContext:
         entry = None if parent is None else parent.layers.get(layer)
         if parent is None or entry is None or not entry[0].match(tensors, extra):
             return project(media)
-        k, v = project(media[:, parent.copy.shape[1] :])
+        k, v = project(media[:, parent.media.shape[1] :])
         k, v = torch.cat((entry[1], k), dim=1), torch.cat((entry[2], v), dim=1)
-        if not parent.key.alive:
+        if not parent.alive:
             del parent.layers[layer]
             if not parent.layers:
                 record.parent = None
@@ -127,14 +133,14 @@ class MediaContext:
             if record.key.matches(media):
                 return record
         parent = next((r for r in reversed(self._records) if r.begins(media)), None)
-        kept = [r for r in self._records if r.key.alive and not r.key.overwritten(media)]
+        kept = [r for r in self._records if r.alive and not r.key.overwritten(media)]
         record = _Record(media, parent)
         self._records = [*kept, record][-MAX_RECORDS:]
         return record
 
     def _forget_dead(self) -> None:
         if self._records:
-            self._records = [r for r in self._records if r.key.alive]
+            self._records = [r for r in self._records if r.alive]
 
     def visibility(self, source: Tensor, extra: Hashable, build: Callable[[], Any]) -> Any:
         """`build()`, computed once for all layers that ask with the same unchanged `source` tensor and `extra`."""

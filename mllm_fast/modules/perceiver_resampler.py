@@ -129,7 +129,8 @@ def _latent_projections(
     if all(children.readable_linear(p) for p in projections):
         stacked = _stacked(state, ("latents", i), projections, None)
         read = children.read_norm(norm)
-        parts = list(ops.stacked_linear(x if read is not None else norm(x), stacked, norm=read))
+        x = x if read is not None else norm(x)
+        parts = list(children.stacked_linear(x, stacked, read, ("latents", i), state.packs))
     else:
         normed = children.normalize(x, norm)
         parts = [children.norm_linear(normed, None, p) for p in projections]
@@ -153,7 +154,8 @@ def _media_keys_values(
     if state.options.level >= 1 and shared and all(children.readable_linear(p) for p in flat):
         folded = [read for read, layer in zip(reads, projections, strict=True) for _ in layer]
         stacked = _stacked(state, "media", flat, folded)
-        outputs = list(ops.stacked_linear(media, stacked, norm=Norm(reads[0].kind, None, None, reads[0].eps)))
+        plain = Norm(reads[0].kind, None, None, reads[0].eps)
+        outputs = list(children.stacked_linear(media, stacked, plain, "media", state.packs))
     else:
         outputs = []
         for norm, layer in zip(norms, projections, strict=True):

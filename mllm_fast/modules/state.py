@@ -59,7 +59,7 @@ class TensorKey:
     def overwritten(self, tensor: Tensor) -> bool:
         """Whether `tensor` shows that the keyed bytes were written to since, so that the key can never match again."""
         same_storage = tensor.untyped_storage()._cdata == self._storage.cdata
-        return same_storage and _version(tensor) != self._where[-2]
+        return same_storage and _version(tensor) != self._where[-1]
 
     @property
     def alive(self) -> bool:
@@ -75,7 +75,6 @@ def _where(tensor: Tensor) -> tuple[Hashable, ...]:
         tensor.dtype,
         tensor.device,
         _version(tensor),
-        tensor.requires_grad,
     )
 
 

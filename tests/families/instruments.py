@@ -179,6 +179,8 @@ class recording(TorchDispatchMode):  # noqa: N801 (reads as a context manager)
             if isinstance(t, Tensor) and _storage(t) not in known:
                 self.record.allocations.append((name, t.numel()))
         factors = {"mm": args[:2], "bmm": args[:2], "addmm": args[1:3], "baddbmm": args[1:3]}.get(name)
+        if name == "_linear_pointwise":  # oneDNN's linear: x [..., K], weight [N, K]
+            self.record.gemms.append(Gemm(1, args[0].numel() // args[1].shape[1], args[1].shape[0], args[1].shape[1]))
         if factors is not None:
             a, b = factors
             batch = a.shape[0] if a.ndim == 3 else 1

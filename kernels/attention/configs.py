@@ -1,0 +1,142 @@
+"""Launch configurations of the attention kernels: a function of architecture, shape bucket and dtype, never autotuned.
+
+The choices are such that nothing spills and everything fits into shared memory on each architecture (which the audit
+checks by compiling them all). Tiles follow the number of rows that share keys, because an idle row costs as much as a
+busy one; below 16 rows tl.dot has no smaller tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+
+from ..tile import split_width
+
+Arch = Literal["sm_80", "sm_90", "gfx942"]
+ARCHITECTURES: tuple[Arch, ...] = ("sm_80", "sm_90", "gfx942")
+
+# Multiprocessors (compute units) of the largest part: A100, H100, MI300X.
+PROCESSORS: dict[Arch, int] = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
+MAX_SPLITS = 32
+# A split with fewer blocks of keys than this is not worth its second pass.
+BLOCKS_PER_SPLIT = 4
+# How many images a row is taken to see when splits are chosen; the truth is on the device.
+IMAGES_SEEN = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch: BM rows and BN keys a tile, and what Triton is told."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch that are not the kernel's own."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@functools.cache
+def arch_of(device: torch.device) -> Arch:
+    """The nearest architecture that configurations exist for; sm_90 under the interpreter."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+
+
+def precision(arch: Arch, dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: for fp32 what torch's own matrix products are allowed, on tensor cores where it is exact."""
+    if dtype != torch.float32 or arch == "gfx942":
+        return "ieee"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+
+
+def _block_of_image(BN: int, tokens: int | None) -> int:
+    """With media, a block of keys lies within one image: no wider than that."""
+    return BN if tokens is None else min(BN, max(16, triton.next_power_of_2(tokens)))
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsize: int, tokens: int | None) -> Config:
+    """For `attention_rows` forward.
+
+    Args:
+        arch: what it runs on.
+        rows: packed rows of one cluster.
+        tiles_of_128: how many programs there would be with 128 rows each.
+        width: the head dimension.
+        itemsize: bytes of an element.
+        tokens: keys of one image, with a media mask.
+    """
+    D0, D1 = split_width(width)
+    wide = D0 + D1
+    if itemsize == 4:
+        BM, BN = (16, 32) if rows <= 16 else (32, 32)
+        return Config(BM, _block_of_image(BN if wide <= 128 else 16, tokens), 4, 1 if arch == "gfx942" else 2)
+    if rows <= 16:
+        BM, BN, warps = 16, 64 if wide <= 128 else 32, 4
+    elif rows <= 32:
+        BM, BN, warps = 32, 64 if wide <= 128 else 32, 4
+    elif rows <= 64 or tiles_of_128 < PROCESSORS[arch] or wide > 128:
+        BM, BN, warps = 64, 64 if wide <= 128 else 32, 4
+    else:
+        BM, BN, warps = 128, 64, 8
+    if arch == "gfx942":
+        stages = 1 if wide > 128 else 2
+    elif arch == "sm_90":
+        stages = 3 if wide <= 128 else 2
+    else:
+        stages = 3 if wide <= 64 else 2
+    return Config(BM, _block_of_image(BN, tokens), warps, stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, tokens: int | None) -> Config:
+    """For `attention_rows` backward (dQ); arguments as for `forward_config`."""
+    D0, D1 = split_width(width)
+    wide = D0 + D1
+    if itemsize == 4:
+        BM, BN = (16, 32) if rows <= 16 or wide > 64 else (32, 32)
+        return Config(BM, _block_of_image(BN if wide <= 128 else 16, tokens), 4, 1)
+    BM = 16 if rows <= 16 else 32 if rows <= 32 or wide > 128 else 64
+    warps = 8 if wide > 64 and BM == 64 else 4
+    stages = 1 if arch == "gfx942" else 2
+    return Config(BM, _block_of_image(64 if wide <= 128 else 32, tokens), warps, stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, tokens: int | None) -> Config:
+    """For `attention_keys` (dK and dV); `rows` are those of one batch row and key head."""
+    D0, D1 = split_width(width)
+    wide = D0 + D1
+    if itemsize == 4:
+        BN = 32 if wide <= 64 else 16
+        return Config(16 if rows <= 16 or wide > 64 else 32, _block_of_image(BN, tokens), 4, 1)
+    # Two accumulators of [BN, D] stay in registers: with 64 rows more, it spills.
+    stages = 1 if arch == "gfx942" else 2
+    return Config(16 if rows <= 16 or wide > 128 else 32, _block_of_image(64, tokens), 4 if wide <= 64 else 8, stages)
+
+
+def splits_for(arch: Arch, programs: int, keys: int, images: int, BN: int) -> int:
+    """Into how many parts the keys are split so that few programs fill the device; a power of two.
+
+    Args:
+        arch: what it runs on.
+        programs: how many programs there are without splits.
+        keys: keys of the first source.
+        images: images of the first source with a media mask, else 0.
+        BN: keys of one block.
+    """
+    if images > IMAGES_SEEN:
+        keys = keys // images * IMAGES_SEEN
+    most = min(MAX_SPLITS, 2 * PROCESSORS[arch] // max(programs, 1), keys // (BN * BLOCKS_PER_SPLIT))
+    return 1 << (most.bit_length() - 1) if most > 1 else 1

@@ -1,0 +1,238 @@
+"""Run one system unfused and fused, side by side: the same weights, the same images, run in turns."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import fuse
+from .photographs import Photograph, square
+from .systems import Case, Size, System
+
+# Both versions compute in fp32; they differ by the order of rounding only.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One version of one system.
+
+    Attributes:
+        first_token: seconds from images and prompt to the first new token, median.
+        next_token: seconds for each token after it, median.
+        peak: bytes of tensors alive at once, beyond the model and its inputs, while the first tokens are made.
+    """
+
+    first_token: float
+    next_token: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system before and after fusing.
+
+    Attributes:
+        skipped: why it could not run, in which case nothing else is set.
+        images, parameters: what was run.
+        error: largest difference of the prompt's logits; `relative` is that over the largest logit.
+        same_ids: whether both versions generated the same tokens.
+    """
+
+    name: str
+    skipped: str = ""
+    images: int = 0
+    parameters: int = 0
+    error: float = 0.0
+    relative: float = 0.0
+    same_ids: bool = False
+    unfused: Measured | None = None
+    fused: Measured | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether fusing changed nothing but rounding; a system that could not run agrees."""
+        return bool(self.skipped) or (self.same_ids and self.relative <= TOLERANCE)
+
+
+@torch.no_grad()
+def compare(system: System, size: Size, photographs: list[Photograph], progress: Progress) -> Comparison:
+    """Build the system twice from one seed, fuse one copy, and run both."""
+    total = 5 + 2 * size.rounds
+    task = progress.add_task(system.name, total=total, note="")
+    if missing := system.missing():
+        progress.update(task, completed=total, note="skipped")
+        return Comparison(system.name, skipped=f"{', '.join(missing)} not installed")
+
+    def step(what: str) -> None:
+        progress.update(task, advance=1, note=what)
+
+    cases = [_build(system, size, photographs) for _ in range(2)]
+    fuse(cases[1].model)
+    step("built and fused")
+    before, after = (case.forward() for case in cases)
+    step("logits compared")
+    ids = []
+    for case in cases:
+        ids.append(case.generate(size.new_tokens, _no_tick))
+        step("ids compared")
+    peaks = [peak_bytes(lambda case=case: case.generate(2, _no_tick)) for case in cases]
+    step("memory measured")
+    clocks = [_Clock(), _Clock()]
+    for _ in range(size.rounds):
+        for case, clock in zip(cases, clocks, strict=True):
+            clock.start()
+            case.generate(size.new_tokens, clock.tick)
+            step("timed")
+    unfused, fused = (
+        Measured(statistics.median(clock.first), statistics.median(clock.following), peak)
+        for clock, peak in zip(clocks, peaks, strict=True)
+    )
+    error = float((before - after).abs().max())
+    return Comparison(
+        name=system.name,
+        images=cases[0].images,
+        parameters=sum(p.numel() for p in cases[0].model.parameters()),
+        error=error,
+        relative=error / float(before.abs().max()),
+        same_ids=bool(torch.equal(*ids)),
+        unfused=unfused,
+        fused=fused,
+    )
+
+
+def _build(system: System, size: Size, photographs: list[Photograph]) -> Case:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        return system.build(size, photographs)
+
+
+def _no_tick() -> None:
+    pass
+
+
+class _Clock:
+    """Times of the first token of each run, and of every token after it."""
+
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.following: list[float] = []
+        self._last = 0.0
+        self._started = False
+
+    def start(self) -> None:
+        self._last, self._started = time.perf_counter(), True
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        (self.first if self._started else self.following).append(now - self._last)
+        self._last, self._started = now, False
+
+
+class _AliveTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operations create, until each is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage(), inputs)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        key = storage._cdata
+        if key in inputs or key in self._known:
+            return
+        self._known.add(key)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes of new tensors that were alive at once while `run` ran. What one operation uses inside is not seen."""
+    gc.collect()
+    with _AliveTensors() as tracker:
+        run()
+    return tracker.peak
+
+
+def table(comparisons: list[Comparison], size: Size) -> Table:
+    """The comparisons for people to read."""
+    result = Table(title="Unfused and fused, side by side (fp32, random weights, real photographs)", title_justify="left")
+    for column in ("system", "size", "max error (relative)", f"{size.new_tokens} ids"):
+        result.add_column(column)
+    for column in ("first token", "next token", "peak memory"):
+        result.add_column(column, justify="right")
+    for c in comparisons:
+        if c.skipped or c.unfused is None or c.fused is None:
+            result.add_row(c.name, f"skipped: {c.skipped}", *[""] * 5)
+            continue
+        result.add_row(
+            c.name,
+            f"{c.images} images, {c.parameters / 1e6:.0f} M parameters",
+            f"{c.error:.1e} ({c.relative:.1e})",
+            "equal" if c.same_ids else "[red]differ[/red]",
+            _change(c.unfused.first_token * 1e3, c.fused.first_token * 1e3, "ms"),
+            _change(c.unfused.next_token * 1e3, c.fused.next_token * 1e3, "ms"),
+            _change(c.unfused.peak / 2**20, c.fused.peak / 2**20, "MiB"),
+        )
+    return result
+
+
+def _change(before: float, after: float, unit: str) -> str:
+    return f"{before:.4g} to {after:.4g} {unit} ({before / max(after, 1e-9):.2f}x)"
+
+
+def draw(comparisons: list[Comparison], photographs: list[Photograph], path: Path) -> None:
+    """A PNG: the photographs, and bars of the three measurements."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ran = [c for c in comparisons if c.unfused is not None and c.fused is not None]
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
+    above.suptitle("Photographs in the prompt")
+    for axes, photograph in zip(above.subplots(1, len(photographs), squeeze=False)[0], photographs, strict=True):
+        axes.imshow(square(photograph, 112))
+        axes.set_title(photograph.title, fontsize=8)
+        axes.set_axis_off()
+    panels = (
+        ("first token [ms]", lambda m: m.first_token * 1e3),
+        ("next token [ms]", lambda m: m.next_token * 1e3),
+        ("peak memory of tensors [MiB]", lambda m: m.peak / 2**20),
+    )
+    for axes, (title, value) in zip(below.subplots(1, len(panels)), panels, strict=True):
+        for offset, version, colour in ((-0.2, "unfused", "tab:gray"), (0.2, "fused", "tab:blue")):
+            heights = [value(getattr(c, version)) for c in ran]
+            bars = axes.bar([i + offset for i in range(len(ran))], heights, 0.4, label=version, color=colour)
+            axes.bar_label(bars, fmt="%.3g", fontsize=8)
+        axes.set_xticks(range(len(ran)), [c.name.replace(" ", "\n", 1) for c in ran], fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

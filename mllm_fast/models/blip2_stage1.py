@@ -1,0 +1,329 @@
+"""BLIP-2's first stage: one Q-Former, three objectives (arXiv 2301.12597, section 3.2).
+
+Contrast (ITC) compares queries that saw the image with text that did not; matching (ITM) classifies pairs, seen together;
+generation (ITG) predicts a caption from the queries. The objectives differ only in who sees whom, so they share work: the
+image's keys and values are projected once for all of them and for every pair that reads the image, and generation reads
+the queries' keys and values that contrast made, because queries never see the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Blip2ForImageTextRetrieval
+
+from .. import ops
+from ..families import state_of
+from ..families._qformer_style import embed, layers_of, run_layers
+from ..fusion import fuse
+from ..kernels.attention import Mask
+from ..modules import children
+from ..modules.qformer import LayerCall, Stacks, project_images
+from .text_decoder import decode_text
+
+IGNORED = -100
+
+
+class LanguageModelHead(nn.Module):
+    """BERT's head over text rows: LN(gelu(dense(x))) W^T + b, where W is the word embedding."""
+
+    def __init__(self, dim: int, vocabulary: int, eps: float = 1e-12) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """x [..., D] and word embeddings [V, D] to scores [..., V]."""
+        x = children.norm_linear(x, None, self.dense, activation="gelu")
+        return ops.norm_linear(children.normalize(x, self.norm), words, self.bias)
+
+
+@dataclass(eq=False)
+class Images:
+    """Unique images, ready for any number of passes.
+
+    Attributes:
+        features: [I, M, D_image].
+        keys_values: for each layer the projections [I, M, 2 D], or None where the layer makes its own.
+        stacks: stacked weights that the passes of one step share.
+    """
+
+    features: Tensor
+    keys_values: Sequence[Tensor | None]
+    stacks: Stacks | None
+
+
+class Blip2Stage1(nn.Module):
+    """A `Blip2ForImageTextRetrieval` with a language-model head, for training with all three objectives.
+
+    Args:
+        retrieval: holds vision model, Q-Former, embeddings and heads, and is fused in place. The Q-Former needs text input.
+        bos_token_id: [DEC], which stands for the first token of a text that is to be generated.
+        eos_token_id: [SEP], which ends one.
+        temperature: of the contrast, learned.
+        label_smoothing: of contrast and generation.
+
+    Shapes: I images of M tokens, B texts of T tokens (padded on the right), Lq queries.
+
+    Raises:
+        ValueError: a Q-Former without text input, or ids beyond its vocabulary.
+    """
+
+    def __init__(
+        self,
+        retrieval: Blip2ForImageTextRetrieval,
+        *,
+        bos_token_id: int,
+        eos_token_id: int,
+        temperature: float = 0.07,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        config = retrieval.config.qformer_config
+        if not config.use_qformer_text_input:
+            raise ValueError("stage 1 reads text: build the Q-Former with use_qformer_text_input=True in its config")
+        if max(bos_token_id, eos_token_id) >= config.vocab_size:
+            raise ValueError(
+                f"bos_token_id is {bos_token_id} and eos_token_id {eos_token_id}, but the Q-Former's vocabulary has "
+                f"{config.vocab_size} words; give [DEC] a row of its own (BERT's 30522 plus one)"
+            )
+        if state_of(retrieval.qformer) is None:
+            fuse(retrieval)
+        self.retrieval = retrieval
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, config.layer_norm_eps)
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
+        self.label_smoothing = label_smoothing
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Features [I, M, D_image] of images [I, C, H, W]: keep them where images are seen again."""
+        features: Tensor = self.retrieval.vision_model(pixel_values=pixel_values).last_hidden_state
+        return features
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of a training step; text b describes image b.
+
+        Args:
+            input_ids: [B, T], beginning with [CLS] and padded on the right.
+            attention_mask: [B, T], 1 for a token and 0 for padding.
+            pixel_values: [B, C, H, W], or `features` [B, M, D_image] in their place.
+            negatives: for each text a wrong image, and for each image a wrong text, [B] int64 each; default: drawn by
+                similarity, as section 3.2 of the paper has it.
+
+        Returns:
+            "loss", the sum of "itc", "itm" and "itg".
+
+        Raises:
+            ValueError: a missing or misshapen mask, other than one text an image, or fewer than two pairs.
+        """
+        self._check_text(input_ids, attention_mask)
+        images = self._images(pixel_values, features, Stacks())
+        pairs = input_ids.shape[0]
+        if images.features.shape[0] != pairs or pairs < 2:
+            raise ValueError(
+                f"got {images.features.shape[0]} images and {pairs} texts; a step needs one text for each image, and at "
+                "least two pairs, of which each finds its negatives in the others"
+            )
+        queries, past = self._query_pass(images, keep=True)
+        similarity = self._similarity(queries, self._text_pass(input_ids, attention_mask, images.stacks))
+        itc = self._contrast(similarity)
+        if negatives is None:
+            negatives = self._draw_negatives(similarity.detach())
+        itm = self._match_with(images, input_ids, attention_mask, negatives)
+        itg = self._generate_loss(past, input_ids, attention_mask, images.stacks)
+        return {"loss": itc + itm + itg, "itc": itc, "itm": itm, "itg": itg}
+
+    def similarity(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Cosine similarity [I, B] of every image with every text, by the best query (`use_image_text_matching_head=False`)."""
+        self._check_text(input_ids, attention_mask)
+        images = self._images(pixel_values, features, None)
+        return self._similarity(self._query_pass(images)[0], self._text_pass(input_ids, attention_mask, None))
+
+    def match(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """Matching scores [B, 2] (no, yes) of texts with images, each of which is projected once.
+
+        Args:
+            input_ids, attention_mask: [B, T].
+            pixel_values: [I, C, H, W], or `features` [I, M, D_image].
+            image_index: [B], the image of each text; default: text b has image b // (B / I).
+        """
+        self._check_text(input_ids, attention_mask)
+        images = self._images(pixel_values, features, None)
+        return self._match(images, input_ids, attention_mask, image_index)
+
+    @torch.no_grad()
+    def generate_text(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        prompt_ids: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Caption images: greedy, beams, sampling, whatever transformers' `generate` offers.
+
+        The image is read once, by the queries; each step reads their keys and values, one copy however many beams.
+
+        Args:
+            pixel_values: [I, C, H, W], or `features` [I, M, D_image].
+            prompt_ids: [I, P] tokens to continue, without padding and without [DEC], which comes first.
+            **generate_kwargs: `max_new_tokens`, `num_beams`, ...
+
+        Returns:
+            what `generate` returns: ids [I * sequences, 1 + P + new], [DEC] first.
+        """
+        images = self._images(pixel_values, features, None, reads=1)
+        _, past = self._query_pass(images, keep=True)
+        start = torch.full((images.features.shape[0], 1), self.bos_token_id, device=images.features.device)
+        if prompt_ids is not None:
+            if prompt_ids.ndim != 2 or prompt_ids.shape[0] != start.shape[0]:
+                raise ValueError(
+                    f"prompt_ids has shape {tuple(prompt_ids.shape)}; expected [{start.shape[0]}, P], a prompt an image"
+                )
+            start = torch.cat((start, prompt_ids.to(start.device)), dim=1)
+        return decode_text(self, past, start, **generate_kwargs)
+
+    # The passes. Each embeds its rows, runs all layers, and computes of the last one only the rows that are read.
+
+    def _images(
+        self, pixel_values: Tensor | None, features: Tensor | None, stacks: Stacks | None, reads: int = 2
+    ) -> Images:
+        if (pixel_values is None) == (features is None):
+            raise ValueError("pass either pixel_values or features, the images' features from encode_images")
+        if features is None:
+            assert pixel_values is not None
+            features = self.encode_images(pixel_values)
+        qformer = self.retrieval.qformer
+        features = features.to(qformer.layernorm.weight.dtype)
+        # What reads the image a single time may find a cheaper way than its keys and values.
+        keys_values = project_images(layers_of(qformer), qformer._mllm_fast, features, stacks)
+        return Images(features, keys_values, stacks)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        qformer = self.retrieval.qformer
+        return embed(qformer, x, qformer.layernorm, qformer.dropout)
+
+    def _queries(self, rows: int) -> Tensor:
+        queries: Tensor = self.retrieval.query_tokens.expand(rows, -1, -1)
+        return queries
+
+    def _query_pass(self, images: Images, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Queries that read their image [I, Lq, D], and the keys and values of their self-attention."""
+        x = self._embed(self._queries(images.features.shape[0]))
+        call = LayerCall(x.shape[1], keep=keep, stacks=images.stacks)
+        return run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call)
+
+    def _text_pass(self, input_ids: Tensor, attention_mask: Tensor, stacks: Stacks | None) -> Tensor:
+        """The first row [B, D] of texts that see no image."""
+        x = self._embed(self.retrieval.embeddings(input_ids=input_ids))
+        call = LayerCall(0, Mask(key_padding=attention_mask.bool()), stacks=stacks)
+        none = [None] * len(self.retrieval.qformer.encoder.layer)
+        return run_layers(self.retrieval.qformer, x, None, none, call, rows=1)[0][:, 0]
+
+    def _match(
+        self, images: Images, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor | None
+    ) -> Tensor:
+        """Matching scores [B, 2]: queries and text see each other, and the queries their image."""
+        queries = self._queries(input_ids.shape[0])
+        count = queries.shape[1]
+        x = self._embed(self.retrieval.embeddings(input_ids=input_ids, query_embeds=queries))
+        visible = F.pad(attention_mask.bool(), (count, 0), value=True)
+        call = LayerCall(count, Mask(key_padding=visible), image_index=image_index, stacks=images.stacks)
+        hidden, _ = run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call, rows=count)
+        head = self.retrieval.itm_head
+        return head(hidden.to(head.weight.dtype)).mean(dim=1)
+
+    def generation_pass(self, past: Sequence[Tensor], input_ids: Tensor, stacks: Stacks | None = None) -> Tensor:
+        """Causal text that sees the queries' keys and values, as all of them saw the image.
+
+        Args:
+            past: from a query pass, for each layer [B, Lq, 2 D].
+            input_ids: [B, T], [DEC] first.
+
+        Returns:
+            [B, T, D].
+        """
+        x = self._embed(self.retrieval.embeddings(input_ids=input_ids))
+        call = LayerCall(0, Mask(causal=True), past=True, stacks=stacks)
+        return run_layers(self.retrieval.qformer, x, None, past, call)[0]
+
+    # The objectives.
+
+    def _similarity(self, queries: Tensor, text: Tensor) -> Tensor:
+        """Cosine of every image's best query and every text, [I, B]."""
+        project = self.retrieval.vision_projection, self.retrieval.text_projection
+        image = F.normalize(project[0](queries.to(project[0].weight.dtype)), dim=-1)
+        text = F.normalize(project[1](text.to(project[1].weight.dtype)), dim=-1)
+        return (image @ text.t()).amax(dim=1)
+
+    def _contrast(self, similarity: Tensor) -> Tensor:
+        scores = similarity / self.temperature
+        target = torch.arange(scores.shape[0], device=scores.device)
+        losses = [F.cross_entropy(s, target, label_smoothing=self.label_smoothing) for s in (scores, scores.t())]
+        return (losses[0] + losses[1]) / 2
+
+    def _draw_negatives(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """For each text a wrong image, for each image a wrong text, [B] each: the more alike, the likelier."""
+        scores = (similarity / self.temperature.detach()).float()
+        scores = scores.masked_fill(torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device), -10000.0)
+        image, text = (torch.multinomial(F.softmax(s, dim=1), 1).squeeze(1) for s in (scores.t(), scores))
+        return image, text
+
+    def _match_with(
+        self, images: Images, input_ids: Tensor, attention_mask: Tensor, negatives: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Cross entropy over (image, text), (wrong image, text) and (image, wrong text)."""
+        own = torch.arange(input_ids.shape[0], device=input_ids.device)
+        wrong_image, wrong_text = negatives
+        image_index, text_index = torch.cat((own, wrong_image, own)), torch.cat((own, own, wrong_text))
+        scores = self._match(images, input_ids[text_index], attention_mask[text_index], image_index)
+        return F.cross_entropy(scores, (image_index == text_index).long())
+
+    def _generate_loss(
+        self, past: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, stacks: Stacks | None
+    ) -> Tensor:
+        """Cross entropy of the next token, over the rows that have one; the last token is nobody's input."""
+        labels = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]
+        inputs = input_ids.clone()
+        inputs[:, 0] = self.bos_token_id
+        hidden = self.generation_pass(past, inputs[:, :-1], stacks)
+        supervised = labels != IGNORED
+        scores = self.lm_head(hidden[supervised], self.retrieval.embeddings.word_embeddings.weight)
+        return F.cross_entropy(scores, labels[supervised], label_smoothing=self.label_smoothing)
+
+    def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        if attention_mask is None or attention_mask.shape != input_ids.shape:
+            given = "missing" if attention_mask is None else f"of shape {tuple(attention_mask.shape)}"
+            raise ValueError(
+                f"attention_mask is {given}; expected {tuple(input_ids.shape)} as input_ids has, 1 for a token and 0 for "
+                "padding"
+            )
