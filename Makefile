@@ -5,13 +5,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env install demo test lint bench gpu clean
+.PHONY: help env install demo test lint audit bench gpu clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
 JOBS ?= 2
 ARGS ?=
-GPU_RESULTS ?= bench/results/gpu.json
 PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
 # Compared with in tests and benchmarks. Their own requirements are stale (one pins torch 2.0.1), hence --no-deps.
 PEERS := open-flamingo flamingo-pytorch einops-exts liger-kernel
@@ -77,13 +76,24 @@ bench: $(READY) ## measure every block against its peers; ARGS="--list" and othe
 	$(call require,matplotlib)
 	$(PY) -m bench $(ARGS)
 
-# Every step runs, also after one that failed; the exit status tells whether all went well.
+audit: $(READY) ## compile every kernel without a GPU; ARGS="--arch sm_90" selects
+	$(call require)
+	$(PY) -m mllm_fast.cli audit --processes $(JOBS) $(ARGS)
+
+# Under nine minutes, for each step has its share of them. Every step runs, also after one that failed; the exit status
+# tells whether all went well. The results go to bench/results/<name of the GPU>/, the benchmarks' after every workload.
 gpu: $(READY) ## run everything that needs a GPU
 	$(call require,pytest matplotlib)
-	@failed=; step() { echo "== $$*"; "$$@" || failed="$$failed [$$*]"; }; \
-	step $(PY) -m mllm_fast.cli info; \
-	step $(PY) -m pytest -m gpu $(ARGS); \
-	step $(PY) -m bench --out $(GPU_RESULTS); \
+	@failed=; \
+	step() { echo "== $${*:2}"; timeout --signal=INT --kill-after=10 "$$@" || failed="$$failed [$${*:2}]"; }; \
+	gpu=$$($(PY) -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())' 2>/dev/null) || \
+		{ echo "no GPU was found; make audit and make bench need none" >&2; exit 2; }; \
+	results=bench/results/$$gpu; mkdir -p $$results; \
+	step 20 $(PY) -m mllm_fast.cli info; \
+	step 150 $(PY) -m pytest -m gpu $(ARGS); \
+	step 120 $(PY) -m mllm_fast.cli audit --arch native --processes $$(nproc); \
+	step 210 $(PY) -m bench --out $$results/bench.json; \
+	step 20 $(PY) -m bench --plot $$results/bench.json; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 clean: ## remove builds and caches, but not .venv

@@ -168,6 +168,8 @@ def _audit(args: argparse.Namespace) -> int:
         todo = audit.jobs(audit.find_variants(), architectures, args.op, load=native)
     except (audit.UnknownOpError, RuntimeError) as error:
         raise CommandError(str(error)) from error
+    if not todo:
+        raise CommandError("no op has Triton kernels that could be compiled")
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         running = audit.run(todo, args.processes)
@@ -190,7 +192,7 @@ def _print_audit(rows: Sequence[Row]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a file has no width, and the table must not be cut
+        console = Console(width=240)  # a file has no width, and the table must not be cut
     table = Table(title="Audit", title_justify="left")
     for name in ("arch", "kernel", "variant"):
         table.add_column(name, overflow="fold")

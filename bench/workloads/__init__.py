@@ -1,5 +1,5 @@
 """What is measured, one file per system. Importing this package registers every workload."""
 
-from . import flamingo
+from . import attention, flamingo
 
-__all__ = ["flamingo"]
+__all__ = ["attention", "flamingo"]

@@ -21,6 +21,7 @@ import mllm_fast
 from ..registry import OURS, Case, Workload, register
 
 UPSTREAM = "open_flamingo"
+PREPACKED = f"{OURS} prepack"
 HF = "transformers sdpa"
 
 TOKENS = 64  # per image, after the resampler
@@ -62,10 +63,15 @@ def _copies(nbytes: int) -> int:
     return max(1, math.ceil(ROTATED_BYTES / nbytes))
 
 
-def _fused(module: nn.Module) -> nn.Module:
+def _fused(module: nn.Module, peer: str = OURS) -> nn.Module:
     module = copy.deepcopy(module)
-    mllm_fast.fuse(module)
+    mllm_fast.fuse(module, prepack=peer == PREPACKED)
     return module
+
+
+def _ours(device: torch.device) -> tuple[str, ...]:
+    """Our peers: as `fuse` does it by default, and where it exists, on a CPU, with prepacked weights."""
+    return (OURS, PREPACKED) if device.type == "cpu" else (OURS,)
 
 
 # OpenFlamingo-3B: MPT-1B with a gated block in every layer, ViT-L/14.
@@ -92,7 +98,7 @@ def _image_tokens(images: int, length: int, device: torch.device) -> Tensor:
 def build_block_decode(device: torch.device, *, images: int, dtype: torch.dtype) -> Case:
     """One step of generation. The media is the same tensor at every step, as in OpenFlamingo's `generate`."""
     locations = _image_tokens(images, prompt_length(images), device)
-    peers: dict[str, list[Callable[[], Tensor]]] = {UPSTREAM: [], OURS: []}
+    peers: dict[str, list[Callable[[], Tensor]]] = {name: [] for name in (UPSTREAM, *_ours(device))}
 
     def step(block: nn.Module, x: Tensor, media: Tensor) -> Tensor:
         return block(x, media, media_locations=locations, use_cached_media=True)
@@ -102,7 +108,8 @@ def build_block_decode(device: torch.device, *, images: int, dtype: torch.dtype)
         x = torch.randn(1, 1, DIM, device=device, dtype=dtype)
         media = torch.randn(1, images, TOKENS, MEDIA_DIM, device=device, dtype=dtype)
         peers[UPSTREAM].append(functools.partial(step, block, x, media))
-        peers[OURS].append(functools.partial(step, _fused(block), x, media))
+        for peer in _ours(device):
+            peers[peer].append(functools.partial(step, _fused(block, peer), x, media))
         exact = exact or functools.partial(_exactly, step, block, (x, media), WIDER[dtype])
     assert exact is not None
     return Case(peers, exact)
@@ -115,7 +122,7 @@ def _exactly(step: Callable[..., Tensor], module: nn.Module, inputs: tuple[Tenso
 def build_attention_prefill(device: torch.device, *, images: int, length: int, dtype: torch.dtype) -> Case:
     """The attention branch with its gate and residual, over a whole prompt with new images."""
     locations = _image_tokens(images, length, device)
-    peers: dict[str, list[Callable[[], Tensor]]] = {UPSTREAM: [], OURS: []}
+    peers: dict[str, list[Callable[[], Tensor]]] = {name: [] for name in (UPSTREAM, *_ours(device))}
 
     def upstream(block: Any, x: Tensor, media: Tensor) -> Tensor:
         media.mul_(1)  # a write: these are new images, and nothing kept from an earlier call may be used
@@ -136,7 +143,8 @@ def build_attention_prefill(device: torch.device, *, images: int, length: int, d
         x = torch.randn(1, length, DIM, device=device, dtype=dtype)
         media = torch.randn(1, images, TOKENS, MEDIA_DIM, device=device, dtype=dtype)
         peers[UPSTREAM].append(functools.partial(upstream, block, x, media))
-        peers[OURS].append(functools.partial(ours, _fused(block), x, media.clone()))
+        for peer in _ours(device):
+            peers[peer].append(functools.partial(ours, _fused(block, peer), x, media.clone()))
         exact = exact or functools.partial(_exactly, upstream, block, (x, media), WIDER[dtype])
     assert exact is not None
     return Case(peers, exact)
@@ -153,7 +161,7 @@ def build_resampler(device: torch.device, *, images: int, dtype: torch.dtype) ->
         x = torch.randn(1, images, 1, PATCHES, RESAMPLER_DIM, dtype=dtype)
     peers = {
         UPSTREAM: [functools.partial(resampler, x)],
-        OURS: [functools.partial(_fused(resampler), x)],
+        **{peer: [functools.partial(_fused(resampler, peer), x)] for peer in _ours(device)},
     }
     return Case(peers, functools.partial(_exactly, lambda module, x: module(x), resampler, (x,), WIDER[dtype]))
 
@@ -228,7 +236,7 @@ def build_idefics_decode(device: torch.device, *, images: int, dtype: torch.dtyp
 
     peers = {
         HF: [functools.partial(step, model, media, new_cache(dtype))],
-        OURS: [functools.partial(step, _fused(model), media, new_cache(dtype))],
+        **{peer: [functools.partial(step, _fused(model, peer), media, new_cache(dtype))] for peer in _ours(device)},
     }
     return Case(peers, exact)
 

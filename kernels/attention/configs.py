@@ -77,53 +77,58 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
         itemsize: bytes of an element.
         tokens: keys of one image, with a media mask.
     """
-    D0, D1 = split_width(width)
-    wide = D0 + D1
+    wide = sum(split_width(width))
     if itemsize == 4:
-        BM, BN = (16, 32) if rows <= 16 else (32, 32)
-        return Config(BM, _block_of_image(BN if wide <= 128 else 16, tokens), 4, 1 if arch == "gfx942" else 2)
-    if rows <= 16:
-        BM, BN, warps = 16, 64 if wide <= 128 else 32, 4
-    elif rows <= 32:
-        BM, BN, warps = 32, 64 if wide <= 128 else 32, 4
-    elif rows <= 64 or tiles_of_128 < PROCESSORS[arch] or wide > 128:
-        BM, BN, warps = 64, 64 if wide <= 128 else 32, 4
+        return _fp32_config(arch, rows, wide, tokens)
+    stages = 1 if arch == "gfx942" and wide > 128 else 3 if arch != "gfx942" and wide <= 64 else 2
+    if rows <= 32:
+        BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 128 else 32, 4
+    elif wide > 128:
+        BM, BN, warps = 64, 32, 8
+    elif rows > 64 and tiles_of_128 >= PROCESSORS[arch] and tokens is None:
+        # With media, a tile of more rows sees more images, of which each row sees few.
+        BM, BN, warps = 128, 64 if wide <= 64 or arch == "sm_90" else 32, 8
     else:
-        BM, BN, warps = 128, 64, 8
-    if arch == "gfx942":
-        stages = 1 if wide > 128 else 2
-    elif arch == "sm_90":
-        stages = 3 if wide <= 128 else 2
-    else:
-        stages = 3 if wide <= 64 else 2
+        BM, BN, warps = 64, 64 if wide <= 64 or arch == "sm_90" else 32, 4
+    if arch == "sm_90" and wide <= 128:
+        stages = 3
     return Config(BM, _block_of_image(BN, tokens), warps, stages)
 
 
 @functools.lru_cache(maxsize=4096)
 def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, tokens: int | None) -> Config:
     """For `attention_rows` backward (dQ); arguments as for `forward_config`."""
-    D0, D1 = split_width(width)
-    wide = D0 + D1
+    wide = sum(split_width(width))
     if itemsize == 4:
-        BM, BN = (16, 32) if rows <= 16 or wide > 64 else (32, 32)
-        return Config(BM, _block_of_image(BN if wide <= 128 else 16, tokens), 4, 1)
-    BM = 16 if rows <= 16 else 32 if rows <= 32 or wide > 128 else 64
-    warps = 8 if wide > 64 and BM == 64 else 4
+        return _fp32_config(arch, rows, wide, tokens)
     stages = 1 if arch == "gfx942" else 2
-    return Config(BM, _block_of_image(64 if wide <= 128 else 32, tokens), warps, stages)
+    if rows <= 32 or wide > 128:
+        BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 64 else 32, 4 if wide <= 128 else 8
+    elif arch == "sm_90":
+        BM, BN, warps = 64, 64, 4 if wide <= 64 else 8
+    else:
+        BM, BN, warps = 64, 32, 4 if wide <= 64 else 8
+    return Config(BM, _block_of_image(BN, tokens), warps, stages)
 
 
 @functools.lru_cache(maxsize=4096)
 def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, tokens: int | None) -> Config:
     """For `attention_keys` (dK and dV); `rows` are those of one batch row and key head."""
-    D0, D1 = split_width(width)
-    wide = D0 + D1
+    wide = sum(split_width(width))
     if itemsize == 4:
-        BN = 32 if wide <= 64 else 16
-        return Config(16 if rows <= 16 or wide > 64 else 32, _block_of_image(BN, tokens), 4, 1)
-    # Two accumulators of [BN, D] stay in registers: with 64 rows more, it spills.
+        return Config(16, _block_of_image(16 if wide > 64 else 32, tokens), 4 if wide <= 64 else 8, 1)
+    # Two accumulators of [BN, D] stay in registers: with tiles of more rows, it spills.
     stages = 1 if arch == "gfx942" else 2
-    return Config(16 if rows <= 16 or wide > 128 else 32, _block_of_image(64, tokens), 4 if wide <= 64 else 8, stages)
+    BM = 16 if rows <= 16 or wide > 128 or (arch == "sm_80" and wide > 64) else 32
+    BN = 32 if wide > 128 or (arch == "sm_80" and wide <= 64) else 64
+    return Config(BM, _block_of_image(BN, tokens), 4 if wide <= 64 else 8, stages)
+
+
+def _fp32_config(arch: Arch, rows: int, wide: int, tokens: int | None) -> Config:
+    """Of `attention_rows` in fp32: exact products on tensor cores take three times the registers."""
+    BM = 16 if rows <= 16 or wide > 64 else 32
+    stages = 1 if arch == "gfx942" or wide > 128 else 2
+    return Config(BM, _block_of_image(32 if wide <= 64 else 16, tokens), 4 if wide <= 128 else 8, stages)
 
 
 def splits_for(arch: Arch, programs: int, keys: int, images: int, BN: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..tile import LOG2E, kept, load_rows, store_rows
-from .triton_mask import packed_rows, row_ends, row_words, sees_image, uniform_rows
+from .triton_mask import UNSPECIALIZED, packed_rows, row_ends, row_words, rows_of_image, sees_image, uniform_rows
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _step(
     return b_dk0, b_dk1, b_dv0, b_dv1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_keys(
     Q,
     K,
@@ -130,7 +130,7 @@ def attention_keys(
     scale,
     dropout_p,
     keep_scale,
-    seed,
+    seed: tl.int64,
     CAUSAL: tl.constexpr,
     UNIFORM: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -195,12 +195,19 @@ def attention_keys(
         if ROWS is not None:
             i_b = tl.load(ROWS + i_c).to(tl.int64)
         m_b = m_n
+        begin = first_tile
         tiles = tl.cdiv(rows, BM)
+        if IMAGE_WORDS > 0:
+            first_query, end_query = rows_of_image(
+                FIRST, LAST, WORDS, i_b, image, s_mb, s_ml, queries, images, UNIFORM
+            )  # fmt: skip
+            begin = tl.maximum(begin, first_query * group // BM)
+            tiles = tl.cdiv(end_query * group, BM)
         if KEY_LENGTHS is not None and not UNIFORM:
             tiles = tl.where(start < tl.load(KEY_LENGTHS + i_b), tiles, 0)
         if KEY_PADDING is not None:
             m_b = m_b & (tl.load(KEY_PADDING + i_b * keys + o_n, mask=m_n, other=0) != 0)
-        for i_tile in range(first_tile, tiles):
+        for i_tile in range(begin, tiles):
             o_b, o_i, o_g, m_r = packed_rows(i_tile, i_b, queries, group, 1, BM)
             o_h = i_h * group + o_g  # [BM]
             m_s = m_b[:, None] & m_r[None, :]  # [BN, BM]

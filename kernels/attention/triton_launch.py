@@ -14,7 +14,7 @@ from ..tile import split_width
 from . import configs
 from .configs import Config
 from .triton_keys import attention_keys
-from .triton_rows import attention_combine, attention_delta, attention_rows
+from .triton_rows import attention_combine, attention_rows
 
 # Few rows: those of all batch rows that read one key row share a tile.
 PACKED_ROWS = 16
@@ -83,8 +83,8 @@ def forward(
         target = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         target_lse = torch.empty(splits, *q.shape[:3], dtype=torch.float32, device=q.device)
     with _device(q):
-        _launch_rows(programs * splits, q, k, v, extra_k, extra_v, None, None, target, target_lse, settings,
-                     pack, splits, config, arch)  # fmt: skip
+        _launch_rows(programs * splits, q, k, v, extra_k, extra_v, None, target, target_lse, settings, pack, splits,
+                     config, arch)  # fmt: skip
         if splits > 1:
             total = batch * queries * heads
             attention_combine[(total,)](
@@ -113,7 +113,9 @@ def backward(
     key_heads = k.shape[2]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel() == 0:
-        zeros = [None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (extra_k, extra_v)]
+        zeros = [
+            None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (extra_k, extra_v)
+        ]
         return dq, torch.zeros_like(k), torch.zeros_like(v), zeros[0], zeros[1]
     if grad.stride(3) != 1:
         grad = grad.contiguous()
@@ -124,15 +126,10 @@ def backward(
     if query_config is None:
         query_config = configs.query_gradient_config(arch, rows, width, q.element_size(), tokens)
     delta = torch.empty_like(lse)
-    total = batch * queries * heads
     with _device(q):
-        block = triton.next_power_of_2(width)
-        lines = max(1, 2048 // block)
-        attention_delta[(triton.cdiv(total, lines),)](
-            out, grad, delta, *grad.stride()[:3], queries, heads, total, D=width, BD=block, BR=lines
-        )
         programs = triton.cdiv(rows, query_config.BM) * key_heads * (batch // pack)
-        _launch_rows(programs, q, k, v, extra_k, extra_v, grad, delta, dq, lse, settings, pack, 1, query_config, arch)
+        _launch_rows(programs, q, k, v, extra_k, extra_v, (grad, out, delta), dq, lse, settings, pack, 1,
+                     query_config, arch)  # fmt: skip
         order = None
         if settings.kv_index is not None:
             order = _order(settings.kv_index, k.shape[0])
@@ -157,8 +154,7 @@ def _launch_rows(
     v: Tensor,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
-    grad: Tensor | None,
-    delta: Tensor | None,
+    gradient: tuple[Tensor, Tensor, Tensor] | None,
     target: Tensor,
     lse: Tensor,
     settings: Settings,
@@ -167,7 +163,9 @@ def _launch_rows(
     config: Config,
     arch: configs.Arch,
 ) -> None:
+    """Forward; or with `gradient` (dO, output, delta), backward, which writes delta."""
     s = settings
+    grad, out, delta = gradient or (None, None, None)
     batch, queries, heads, width = q.shape
     key_rows, keys, key_heads, _ = k.shape
     D0, D1 = split_width(width)
@@ -181,7 +179,7 @@ def _launch_rows(
             0 if shared and i == 0 else stride for x in (extra_k, extra_v) for i, stride in enumerate(x.stride()[:3])
         )
     attention_rows[(programs,)](
-        q, k, v, extra_k, extra_v, grad, delta, target, lse, *masks, s.kv_index,
+        q, k, v, extra_k, extra_v, grad, out, delta, target, lse, *masks, s.kv_index,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *extra_strides,
         *((0, 0, 0) if grad is None else grad.stride()[:3]), *media_strides,
         batch, queries, keys, extra_keys, key_heads, heads // key_heads, pack,
@@ -219,7 +217,9 @@ def _launch_keys(
     masks, media_strides, words = _masks(s, batch) if first else ((None,) * 5, (0, 0), 0)
     group = heads // key_heads
     if config is None:
-        config = configs.key_gradient_config(arch, queries * group, width, q.element_size(), s.tokens if words else None)
+        config = configs.key_gradient_config(
+            arch, queries * group, width, q.element_size(), s.tokens if words else None
+        )
     blocks = s.images * triton.cdiv(s.tokens, config.BN) if words else triton.cdiv(keys, config.BN)
     attention_keys[(blocks * key_heads * key_rows,)](
         q, k, v, grad, lse, delta, dk, dv, *masks, *(order or (None, None)),

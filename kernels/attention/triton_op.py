@@ -81,9 +81,7 @@ class Attention(torch.autograd.Function):
         return None, *triton_launch.backward(grad, *ctx.saved_tensors, ctx.settings)
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, settings: Settings
-) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, settings: Settings) -> Tensor:
     """The output [B, Lq, H, D] of an eager call."""
     given = (q, k, v, extra_k, extra_v)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):

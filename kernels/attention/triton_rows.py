@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..tile import LN2, LOG2E, kept, load_rows, lowest_bit, store_rows
-from .triton_mask import any_row, packed_rows, row_ends, row_words, sees_image, uniform_rows
+from .triton_mask import UNSPECIALIZED, any_row, packed_rows, row_ends, row_words, sees_image, uniform_rows
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _step(
     return b_x0, b_x1, b_m, b_l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_rows(
     Q,
     K,
@@ -110,7 +110,8 @@ def attention_rows(
     EXTRA_K,
     EXTRA_V,
     GRAD,  # dO, backward only
-    DELTA,  # [B, Lq, H] fp32, backward only
+    OUT,  # the output [B, Lq, H, D], contiguous; backward only
+    DELTA,  # [B, Lq, H] fp32 = rowsum(dO * O), written by backward
     X,  # output, or dQ: [B, Lq, H, D] contiguous; with splits, fp32 [SPLITS, B, Lq, H, D]
     LSE,  # [B, Lq, H] fp32, written by forward and read by backward; with splits [SPLITS, B, Lq, H]
     KEY_LENGTHS,
@@ -153,7 +154,7 @@ def attention_rows(
     scale,
     dropout_p,
     keep_scale,
-    seed,
+    seed: tl.int64,
     BACKWARD: tl.constexpr,
     CAUSAL: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -199,7 +200,10 @@ def attention_rows(
             b_g1 = load_rows(GRAD, o_grad, m_r, D0, D1, D)
         b_m = tl.load(LSE + o_row, mask=m_r, other=0.0) * LOG2E
         b_m = tl.where(b_m == float("-inf"), 0.0, b_m)  # of rows that see nothing, whose P is masked
-        b_l = tl.load(DELTA + o_row, mask=m_r, other=0.0)
+        b_l = tl.sum(load_rows(OUT, o_row * D, m_r, 0, D0, D).to(tl.float32) * b_g0.to(tl.float32), 1)
+        if D1 > 0:
+            b_l += tl.sum(load_rows(OUT, o_row * D, m_r, D0, D1, D).to(tl.float32) * b_g1.to(tl.float32), 1)
+        tl.store(DELTA + o_row, b_l, mask=m_r)
     else:
         b_m = tl.full([BM], float("-inf"), tl.float32)
         b_l = tl.zeros([BM], tl.float32)
@@ -357,16 +361,3 @@ def attention_combine(PARTS, PART_LSE, OUT, LSE, rows, SPLITS: tl.constexpr, D: 
     tl.store(OUT + i_row * D + o_d, b_out.to(OUT.dtype.element_ty), mask=o_d < D)
     lse = top + tl.log2(tl.where(total == 0.0, 1.0, total)) * LN2
     tl.store(LSE + i_row, tl.where(total == 0.0, float("-inf"), lse))
-
-
-@triton.jit
-def attention_delta(
-    OUT, GRAD, DELTA, s_gb, s_gl, s_gh, queries, heads, rows, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr
-):
-    """DELTA [rows] fp32 = rowsum(dO * O), the rows of [B, Lq, H]; OUT is contiguous."""
-    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    m_r = o_r < rows
-    o_g = o_r // (queries * heads) * s_gb + (o_r // heads) % queries * s_gl + o_r % heads * s_gh
-    b_out = load_rows(OUT, o_r * D, m_r, 0, BD, D).to(tl.float32)  # [BR, BD]
-    b_grad = load_rows(GRAD, o_g, m_r, 0, BD, D).to(tl.float32)
-    tl.store(DELTA + o_r, tl.sum(b_out * b_grad, 1), mask=m_r)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -89,12 +90,12 @@ FULL = tuple(
     for width in (64, 128, 256)
     for queries in (16, 32)
 )
-GROUPS = ((BF16, TILES + FEATURES), (FP16, (FEATURES[0], FEATURES[10])), (FP32, FULL + (FEATURES[3], FEATURES[10])))
+GROUPS = ((BF16, TILES + FEATURES), (FP16, (FEATURES[0], FEATURES[10])), (FP32, (*FULL, FEATURES[3], FEATURES[10])))
 
 
 def variants(architecture: Architecture) -> Iterator[Variant]:
     """All launches of all cases."""
-    # TF32 is what fp32 costs with torch's default setting off; the other forms need no more registers or memory.
+    # fp32 is compiled for torch's default precision of matrix products, which needs the most registers.
     for dtype, cases in GROUPS:
         for case in cases:
             with recording(architecture) as launches, _compiling_for(architecture):
@@ -110,12 +111,12 @@ def variants(architecture: Architecture) -> Iterator[Variant]:
                 yield replace(launch, label=f"{name}, {case.label}{step}{tile}", elements=elements)
 
 
-def _compiling_for(architecture: Architecture) -> mock._patch[object]:
+def _compiling_for(architecture: Architecture) -> AbstractContextManager[object]:
     """The launchers ask the device what it is; a meta tensor has no answer."""
     nearest = architecture.name
     if nearest not in configs.ARCHITECTURES:
         nearest = "sm_80"
-    return mock.patch.object(configs, "arch_of", lambda device: nearest)
+    return mock.patch.object(configs, "arch_of", return_value=nearest)
 
 
 def _call(case: Case, dtype: torch.dtype) -> None:

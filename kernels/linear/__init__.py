@@ -3,7 +3,6 @@
 from .activations import ACTIVATIONS
 from .grouped import grouped_linear
 from .op import linear_residual, norm_linear
-from .packed import ACTIVATIONS as packed_activations
 from .packed import can_pack, pack_weight, packed_linear
 from .stacked import StackedWeight, stack_weights, stacked_linear
 
@@ -15,7 +14,6 @@ __all__ = [
     "linear_residual",
     "norm_linear",
     "pack_weight",
-    "packed_activations",
     "packed_linear",
     "stack_weights",
     "stacked_linear",

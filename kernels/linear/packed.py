@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
-# Activations that oneDNN appends to a GEMM: its name and algorithm for each.
-ACTIVATIONS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -41,17 +39,18 @@ def pack_weight(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """act(x W^T + b) with a packed W. For inference: no gradient flows.
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with a packed W. For inference: no gradient flows.
+
+    No activation is appended: oneDNN's erf GELU takes longer on 576 x 4096 outputs (1.2 ms) than torch's own pass over
+    them (0.3 ms).
 
     Args:
         x: [..., K] in the dtype of the weight.
         packed: from `pack_weight`, of a weight [N, K].
         bias: [N] or None.
-        activation: None, "gelu", "gelu_tanh" or "relu", computed while the products are in registers.
 
     Returns:
         [..., N] in the dtype of x.
     """
-    name, algorithm = ACTIVATIONS[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -39,7 +39,12 @@ def run(out_dir: Path, quick: bool = False) -> int:
         from .systems import FULL, QUICK, SYSTEMS
 
         def progress() -> Progress:
-            columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description:<28}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             return Progress(*columns, console=console)
 
         console.rule("1. Supported systems, unfused and fused")

@@ -183,7 +183,9 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 def table(comparisons: list[Comparison], size: Size) -> Table:
     """The comparisons for people to read."""
-    result = Table(title="Unfused and fused, side by side (fp32, random weights, real photographs)", title_justify="left")
+    result = Table(
+        title="Unfused and fused, side by side (fp32, random weights, real photographs)", title_justify="left"
+    )
     for column in ("system", "size", "max error (relative)", f"{size.new_tokens} ids"):
         result.add_column(column)
     for column in ("first token", "next token", "peak memory"):

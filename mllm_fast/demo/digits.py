@@ -38,13 +38,13 @@ class Settings:
     """How long and from which seed the two models are trained."""
 
     seed: int = 0
-    grammar_steps: int = 250
-    epochs: int = 20
+    grammar_steps: int = 150
+    epochs: int = 24
     batch: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
 
 
-QUICK_SETTINGS = Settings(epochs=8)
+QUICK_SETTINGS = Settings(epochs=14)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def teach_language_model(
     # As many facts as captions, so that both are learnt at the same pace.
     ids = _encode(tokenizer, captions + facts * (len(captions) // len(facts)))
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)
-    optimizer = torch.optim.AdamW(lm.parameters(), settings.learning_rate)
+    optimizer = torch.optim.AdamW(lm.parameters(), 3e-3)
     task = progress.add_task("teach the language model", total=settings.grammar_steps, note="")
     for _ in range(settings.grammar_steps):
         rows = torch.randint(len(ids), (64,))

@@ -44,7 +44,9 @@ def write_bridge(folder: Path, weights: dict[str, Tensor], config: dict[str, Any
     """
     taken = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (folder / name).exists()]
     if taken and not overwrite:
-        raise FileExistsError(f"{folder} already holds {' and '.join(taken)}; choose another folder or pass overwrite=True")
+        raise FileExistsError(
+            f"{folder} already holds {' and '.join(taken)}; choose another folder or pass overwrite=True"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     tensors = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
@@ -65,7 +67,9 @@ def read_bridge_config(folder: Path) -> dict[str, Any]:
     """
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"no bridge in {folder}: {' and '.join(missing)} missing; expected a folder from save_bridge")
+        raise FileNotFoundError(
+            f"no bridge in {folder}: {' and '.join(missing)} missing; expected a folder from save_bridge"
+        )
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     return config
 

@@ -1,8 +1,8 @@
-"""A trained Flamingo with all it needs to caption image files: one folder that nothing outside of has to be known for.
+"""A trained Flamingo with all it needs to caption image files, in one folder:
 
-    bridge.safetensors, bridge.json   what was trained (`Flamingo.save_bridge`)
-    captioner.json                    the patch encoder's shape
-    language_model/, tokenizer/       the frozen language model, as Hugging Face saves them
+- bridge.safetensors, bridge.json: what was trained (`Flamingo.save_bridge`);
+- captioner.json: the shape of the patch encoder;
+- language_model/, tokenizer/: the frozen language model, as Hugging Face saves them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Captioner:
             with Image.open(path) as image:
                 small = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BOX)
         except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is not an image that Pillow can read; expected a PNG, JPEG or the like") from error
+            raise ValueError(
+                f"{path} is not an image that Pillow can read; expected a PNG, JPEG or the like"
+            ) from error
         pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255.0).reshape(size, size, channels)
         border = torch.cat((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
         return (1 - pixels if border.mean() > 0.5 else pixels).permute(2, 0, 1)
@@ -94,7 +96,9 @@ class Captioner:
         folder = Path(folder)
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if taken and not (overwrite and (folder / CONFIG_FILE).is_file()):
-            raise FileExistsError(f"{folder} exists; choose another folder, or pass overwrite=True to replace a captioner")
+            raise FileExistsError(
+                f"{folder} exists; choose another folder, or pass overwrite=True to replace a captioner"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:

@@ -12,27 +12,25 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..kernels.attention import MediaRanges
 from ..modules import GatedCrossAttentionBlock, PerceiverResampler
 from ..modules.media_context import MediaContext
 from .bridge_file import read_bridge_config, read_bridge_weights, write_bridge
-
-DECODER_LAYER_PATHS = (
-    "model.layers",
-    "model.decoder.layers",
-    "transformer.h",
-    "transformer.blocks",
-    "gpt_neox.layers",
-    "model.language_model.layers",
+from .conditioning import (
+    Channel,
+    Conditioning,
+    LanguageModelHook,
+    LayerHook,
+    conditioned,
+    decoder_layers,
+    recompute_contexts,
+    text_width,
 )
 
 
@@ -68,113 +66,6 @@ class FlamingoConfig:
     train_vision: bool = False
 
 
-class _Channel:
-    """What ties the hooks on a language model to one `Flamingo`: two models over one language model have two channels."""
-
-
-@dataclass(eq=False)
-class _Conditioning:
-    """The images of one forward pass or generation, and which of them each text position sees.
-
-    media: [Bm, images, n, D]; one row per sample however many beams.
-    index: [B, P] int64, the image that position `offset + p` of a row sees, -1 for none; later positions see what the last
-        one sees, so that every generated token reads the prompt's last image.
-    """
-
-    channel: _Channel
-    media: Tensor
-    index: Tensor
-    offset: int = 0
-    visible: MediaRanges | None = None
-    _tail: dict[tuple[int, int], MediaRanges] = dataclasses.field(default_factory=dict)
-
-    def condition(self, start: int, rows: int, length: int) -> None:
-        """Fix the ranges for a language model pass over positions [start, start + length) of `rows` rows."""
-        beyond_prompt = start - self.offset >= self.index.shape[1]
-        if not beyond_prompt:
-            self.visible = self._ranges(start - self.offset, rows, length)
-            return
-        if (rows, length) not in self._tail:
-            self._tail[rows, length] = self._ranges(self.index.shape[1], rows, length)
-        self.visible = self._tail[rows, length]
-
-    def _ranges(self, start: int, rows: int, length: int) -> MediaRanges:
-        if rows % self.index.shape[0]:
-            raise ValueError(
-                f"the language model ran {rows} rows for {self.index.shape[0]} samples; "
-                "expected the same number of rows (beams or samples) for each"
-            )
-        positions = torch.arange(start, start + length, device=self.index.device)
-        index = self.index[:, positions.clamp_(max=self.index.shape[1] - 1)]
-        index = index.repeat_interleave(rows // self.index.shape[0], dim=0)
-        return MediaRanges(
-            first=index.clamp(min=0), last=index + 1, images=self.media.shape[1], tokens_per_image=self.media.shape[2]
-        )
-
-
-# Per thread and per async task, so that two generations can be interleaved and nothing outlives its `with` block.
-_active: ContextVar[_Conditioning | None] = ContextVar("mllm_fast_flamingo", default=None)
-
-
-@contextlib.contextmanager
-def _conditioned(conditioning: _Conditioning | None) -> Iterator[None]:
-    token = _active.set(conditioning)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-def _recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """For checkpointed decoder layers: whatever runs again during backward sees the images that it saw in forward."""
-    conditioning = _active.get()
-    snapshot = None if conditioning is None else dataclasses.replace(conditioning)
-    return contextlib.nullcontext(), _conditioned(snapshot)
-
-
-class _LanguageModelHook:
-    """Forward pre-hook of the language model: which positions does this pass hold?"""
-
-    def __init__(self, channel: _Channel) -> None:
-        self.channel = channel
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        conditioning = _active.get()
-        if conditioning is None or conditioning.channel is not self.channel:
-            return
-        tokens = args[0] if args else kwargs.get("input_ids")
-        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-        past = kwargs.get("past_key_values")
-        conditioning.condition(0 if past is None else int(past.get_seq_length()), tokens.shape[0], tokens.shape[1])
-
-
-class _LayerHook:
-    """Forward pre-hook of a decoder layer: its hidden states [B, S, dim] pass through the gated block first."""
-
-    def __init__(self, channel: _Channel, block: GatedCrossAttentionBlock) -> None:
-        self.channel = channel
-        self.block = block
-        self.checkpoint = False
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        conditioning = _active.get()
-        if conditioning is None and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "a decoder layer is recomputed in backward without its images; enable checkpointing with "
-                "Flamingo.gradient_checkpointing_enable(), not on the language model"
-            )
-        if conditioning is None or conditioning.channel is not self.channel:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if self.checkpoint and torch.is_grad_enabled():
-            hidden = checkpoint(self.block, hidden, conditioning.media, conditioning.visible, use_reentrant=False)
-        else:
-            hidden = self.block(hidden, conditioning.media, conditioning.visible)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
 class Flamingo(nn.Module):
     """A frozen language model that reads images through trained gated cross-attention.
 
@@ -197,7 +88,9 @@ class Flamingo(nn.Module):
         layers = decoder_layers(lm)
         places = range(config.every - 1, len(layers), config.every) if config.every > 0 else range(0)
         if not places:
-            raise ValueError(f"every={config.every} leaves no gated block; choose 1 to {len(layers)} (the decoder layers)")
+            raise ValueError(
+                f"every={config.every} leaves no gated block; choose 1 to {len(layers)} (the decoder layers)"
+            )
         self.lm = lm.requires_grad_(False)
         self.vision_encoder = vision_encoder.requires_grad_(config.train_vision)
         self.resampler = PerceiverResampler(
@@ -225,9 +118,9 @@ class Flamingo(nn.Module):
         for block in self.blocks:
             block.share(self._media_context)
         self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
-        self._channel = _Channel()
-        self._layer_hooks = [_LayerHook(self._channel, block) for block in self.blocks]
-        self._handles = [lm.register_forward_pre_hook(_LanguageModelHook(self._channel), with_kwargs=True)]
+        self._channel = Channel()
+        self._layer_hooks = [LayerHook(self._channel, block) for block in self.blocks]
+        self._handles = [lm.register_forward_pre_hook(LanguageModelHook(self._channel), with_kwargs=True)]
         self._handles += [
             layers[place].register_forward_pre_hook(hook, with_kwargs=True)
             for place, hook in zip(places, self._layer_hooks, strict=True)
@@ -244,7 +137,7 @@ class Flamingo(nn.Module):
         """Recompute gated blocks and decoder layers in backward instead of keeping their activations."""
         for hook in self._layer_hooks:
             hook.checkpoint = True
-        arguments = {"use_reentrant": False, "context_fn": _recompute_contexts}
+        arguments = {"use_reentrant": False, "context_fn": recompute_contexts}
         enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
         enable(arguments)
 
@@ -259,12 +152,16 @@ class Flamingo(nn.Module):
             [B, I, n, D]; zeros where there is no image.
         """
         if images.ndim != 5:
-            raise ValueError(f"images has shape {tuple(images.shape)}; expected [samples, images, channels, height, width]")
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; expected [samples, images, channels, height, width]"
+            )
         samples, count = images.shape[:2]
         if image_mask is None:
             return self._encode(images.flatten(0, 1)).unflatten(0, (samples, count))
         if image_mask.shape != (samples, count):
-            raise ValueError(f"image_mask has shape {tuple(image_mask.shape)}; expected {(samples, count)}, as images has")
+            raise ValueError(
+                f"image_mask has shape {tuple(image_mask.shape)}; expected {(samples, count)}, as images has"
+            )
         if not bool(image_mask.any()):
             return self.resampler.latents.new_zeros(samples, count, self.config.latents, self.config.vision_dim)
         encoded = self._encode(images[image_mask.bool()])
@@ -351,7 +248,7 @@ class Flamingo(nn.Module):
             lm_kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
         if labels is not None:
             lm_kwargs["labels"] = labels
-        with _conditioned(conditioning), self._forgetting(media):
+        with conditioned(conditioning), self._forgetting(media):
             return self.lm(input_ids=input_ids, attention_mask=attention_mask, **lm_kwargs)
 
     @torch.no_grad()
@@ -381,7 +278,7 @@ class Flamingo(nn.Module):
         conditioning = self._conditioning(input_ids, images, media, image_mask, None, 0)
         if attention_mask is not None:
             generate_kwargs["attention_mask"] = attention_mask
-        with _conditioned(conditioning), self._forgetting(media):
+        with conditioned(conditioning), self._forgetting(media):
             return self.lm.generate(input_ids=input_ids, **generate_kwargs)
 
     @contextlib.contextmanager
@@ -401,7 +298,7 @@ class Flamingo(nn.Module):
         image_mask: Tensor | None,
         index: Tensor | None,
         offset: int,
-    ) -> _Conditioning:
+    ) -> Conditioning:
         if images is not None and media is not None:
             raise ValueError("both images and media were given; pass one of them (media is what encode_images returns)")
         if images is not None:
@@ -424,7 +321,7 @@ class Flamingo(nn.Module):
         if media is None or count == 0:
             # One image that no token sees: text alone takes the same path as text before its first image.
             media = self.resampler.latents.new_zeros(1, 1, self.config.latents, self.config.vision_dim)
-        return _Conditioning(self._channel, media, index, offset)
+        return Conditioning(self._channel, media, index, offset)
 
     def bridge_state_dict(self) -> dict[str, Tensor]:
         """Only what is trained: resampler, gated blocks, and the vision encoder where it is part of the bridge."""
@@ -456,31 +353,3 @@ class Flamingo(nn.Module):
         model = cls(lm, vision_encoder, FlamingoConfig(**read_bridge_config(Path(path))))
         model.load_bridge(path)
         return model
-
-
-def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a Hugging Face language model, in order, found by the known attribute paths.
-
-    Raises:
-        ValueError: none of the paths leads to a list of layers.
-    """
-    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-    for path in DECODER_LAYER_PATHS:
-        found: Any = base
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise ValueError(
-        f"no decoder layers were found in {type(base).__name__}; looked for {', '.join(DECODER_LAYER_PATHS)}. "
-        "Pass a Hugging Face causal language model, such as AutoModelForCausalLM gives"
-    )
-
-
-def text_width(lm: nn.Module) -> int:
-    """Width of the hidden states between the decoder layers."""
-    config: Any = lm.config
-    for name in ("hidden_size", "d_model", "n_embd"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    raise ValueError(f"{type(config).__name__} has none of hidden_size, d_model, n_embd; expected a text model's config")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels.linear import ACTIVATIONS, StackedWeight, can_pack, pack_weight, packed_activations, packed_linear
+from ..kernels.linear import ACTIVATIONS, StackedWeight, can_pack, pack_weight, packed_linear
 from ..kernels.norm import Norm
 from .state import Derived, needs_graph
 
@@ -93,9 +93,8 @@ def norm_linear(
         x = x if norm is None else normalize(x, norm)
         if gate is not None:
             return activate(_packed(x, gate, packs), activation) * _packed(x, linear, packs)
-        if activation in packed_activations:
-            return _packed(x, linear, packs, activation)
-        return activate(_packed(x, linear, packs), activation)
+        y = _packed(x, linear, packs)
+        return y if activation is None else activate(y, activation)
     read = None if norm is None else read_norm(norm)
     if norm is not None and (read is None or not linears_read):
         x, read = normalize(x, norm), None
@@ -155,10 +154,10 @@ def serves_packed(x: Tensor, *linears: nn.Module | None) -> bool:
     return True
 
 
-def _packed(x: Tensor, linear: nn.Module, packs: Derived, activation: str | None = None) -> Tensor:
+def _packed(x: Tensor, linear: nn.Module, packs: Derived) -> Tensor:
     weight = linear._parameters["weight"]
     packed = packs.get(("packed", id(linear)), (weight,), lambda: pack_weight(weight))
-    return packed_linear(x, packed, linear._parameters["bias"], activation)
+    return packed_linear(x, packed, linear._parameters["bias"])
 
 
 def stacked_linear(

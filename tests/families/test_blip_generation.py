@@ -26,7 +26,8 @@ import mllm_fast
 
 
 GENERATION = [
-    {}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 3, "use_cache": False}, {"num_beams": 3, "num_return_sequences": 2},
+    {}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 3, "use_cache": False},
+    {"num_beams": 3, "num_return_sequences": 2},
     {"do_sample": True, "top_k": 1, "num_return_sequences": 3}, {"num_beams": 2, "length_penalty": 2.0, "early_stopping": True},
 ]  # fmt: skip
 

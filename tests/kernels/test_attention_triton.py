@@ -19,7 +19,7 @@ from tests.kernels.triton_device import DEVICE, INTERPRETING, needs_triton, pois
 pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned")]
 
 # The drawn calls come from the strategies of the reference's tests, but fewer of them: the interpreter is slow.
-EXAMPLES = settings(max_examples=20 if INTERPRETING else 200)
+EXAMPLES = settings(max_examples=10 if INTERPRETING else 200)
 
 
 def on_triton(leaves: list[Tensor], **settings: Any) -> Tensor:
@@ -85,7 +85,7 @@ def test_head_dims(size: int) -> None:
     check([*random((2, 5, 4, size), (1, 37, 2, size), (1, 37, 2, size), (2, 3, 2, size), (2, 3, 2, size))])
 
 
-@pytest.mark.parametrize("queries, keys", [(1, 1), (1, 67), (37, 1), (13, 64), (67, 101)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 67), (37, 1), (13, 64), (67, 101)])
 @pytest.mark.parametrize("kind", ["all", "causal", "prefix", "lengths and padding"])
 def test_lengths_past_one_tile(queries: int, keys: int, kind: str) -> None:
     mask = None
@@ -131,12 +131,12 @@ def test_media_ranges_of_several_tiles(kind: str) -> None:
     check(qkv(batch, queries, images * tokens), mask=Mask(media=media))
 
 
-@pytest.mark.parametrize("images", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("images", [1, 64, 65, 130])
 def test_media_of_many_images(images: int) -> None:
     seen = torch.rand(1, 6, images) < 0.1
     seen[0, 0] = False
     seen[0, 1, -1] = True
-    leaves = qkv(1, 6, images, heads=2, key_heads=1)
+    leaves = qkv(1, 6, images, heads=1, key_heads=1)
     check(leaves, mask=Mask(media=MediaSubsets.from_mask(seen, 1)))
     last = torch.tensor([[0, 1, images // 2, images, images, images + 2]])
     first = (last - 5).index_fill(1, torch.tensor([5]), images + 1)
@@ -293,27 +293,28 @@ class TestSplits:
     @pytest.mark.parametrize("splits", [2, 8])
     def test_any_number_of_splits(self, kind: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(configs, "splits_for", lambda *_: splits)
-        leaves = qkv(4, 2, 70 * 5, heads=4)
-        leaves[1:] = [x[:2] for x in leaves[1:]]
+        images, tokens = 66, 3
+        keys = images * tokens
+        leaves = [*random((2, 2, 2, 8), (1, keys, 1, 8), (1, keys, 1, 8))]
         mask = None
         if kind == "causal":
             mask = Mask(causal=True)
         if kind == "lengths":
-            mask = Mask(key_lengths=torch.tensor([0, 350, 200, 3]))
+            mask = Mask(key_lengths=torch.tensor([0, keys]))
         if kind in ("ranges", "beyond"):
             first, last = torch.tensor([[0, 3]]), torch.tensor([[0, 9]])
             if kind == "beyond":
-                first, last = torch.tensor([[70, 3]]), torch.tensor([[71, 70]])
-            mask = Mask(media=MediaRanges(first, last, 70, 5, "mean"))
+                first, last = torch.tensor([[images, 60]]), torch.tensor([[images + 1, images]])
+            mask = Mask(media=MediaRanges(first, last, images, tokens, "mean"))
         if kind == "subsets":
-            mask = Mask(media=MediaSubsets.from_mask(torch.rand(4, 2, 70) < 0.2, 5))
+            mask = Mask(media=MediaSubsets.from_mask(torch.rand(2, 2, images) < 0.1, tokens))
         if kind == "two sources":
-            leaves += random(*((1, 40, 2, 8),) * 2)
-            mask = Mask(key_lengths=torch.tensor([0, 350, 200, 3]))
+            leaves += random(*((1, 40, 1, 8),) * 2)
+            mask = Mask(key_lengths=torch.tensor([3, keys]))
         check(leaves, mask=mask)
 
     @pytest.mark.parametrize(
-        "programs, keys, images, expected", [(1, 6404, 4, 16), (64, 6404, 4, 4), (8, 64, 0, 1), (8, 33 * 64, 33, 1)]
+        ("programs", "keys", "images", "expected"), [(1, 6404, 4, 16), (64, 6404, 4, 4), (8, 64, 0, 1), (8, 33 * 64, 33, 1)]
     )
     def test_choice(self, programs: int, keys: int, images: int, expected: int) -> None:
         assert configs.splits_for("sm_90", programs, keys, images, 64) == expected
@@ -322,9 +323,7 @@ class TestSplits:
 @pytest.mark.parametrize("BM", [16, 32, 64])
 @pytest.mark.parametrize("BN", [16, 64])
 @pytest.mark.parametrize("kind", ["causal", "media"])
-def test_all_configurations_give_the_same_result(
-    BM: int, BN: int, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_configurations_give_the_same_result(BM: int, BN: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("forward_config", "query_gradient_config", "key_gradient_config"):
         monkeypatch.setattr(configs, name, lambda *_: configs.Config(BM, BN, 4, 2))
     mask = Mask(causal=True, prefix=5)
@@ -338,7 +337,7 @@ def test_all_configurations_give_the_same_result(
 def test_exactly_the_key_blocks_that_a_tile_sees_are_visited(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mllm_fast.kernels.attention import triton_keys, triton_rows
 
-    BM, BN, images, tokens, queries = 16, 16, 9, 32, 70
+    BM, BN, images, tokens, queries = 16, 16, 9, 32, 40
     for name in ("forward_config", "query_gradient_config", "key_gradient_config"):
         monkeypatch.setattr(configs, name, lambda *_: configs.Config(BM, BN, 4, 2))
     counts = {"rows": 0, "keys": 0}
@@ -382,13 +381,14 @@ class TestTraced:
     def test_one_graph_forward_and_backward(self, kind: str, dropout_p: float) -> None:
         leaves, mask = self.arguments(kind)
 
-        def call(*leaves: Tensor) -> Tensor:
-            return on_triton([leaves[0] * 2, *leaves[1:]], mask=mask, dropout_p=dropout_p, seed=5) + 1
+        def call(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:
+            more = dict(zip(("extra_k", "extra_v"), extra, strict=False))
+            return attention(q * 2, k, v, **more, mask=mask, dropout_p=dropout_p, seed=5) + 1
 
         torch._dynamo.reset()
         with runtime.backend("triton"):
             compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves)
-        out = call(*leaves)
+            out = call(*leaves)
         grad = torch.randn_like(out)
         assert torch.equal(out, compiled)
         assert all(map(torch.equal, gradients(out, leaves, grad), gradients(compiled, leaves, grad)))
@@ -396,10 +396,9 @@ class TestTraced:
     def test_a_seed_is_drawn_anew_in_each_call(self) -> None:
         leaves, _ = self.arguments("lengths")
         torch._dynamo.reset()
-        compiled = torch.compile(
-            lambda *leaves: on_triton(list(leaves), dropout_p=0.5), backend="aot_eager", fullgraph=True
-        )
-        assert not torch.equal(compiled(*leaves), compiled(*leaves))
+        compiled = torch.compile(lambda q, k, v: attention(q, k, v, dropout_p=0.5), backend="aot_eager", fullgraph=True)
+        with runtime.backend("triton"):
+            assert not torch.equal(compiled(*leaves[:3]), compiled(*leaves[:3]))
 
     @pytest.mark.parametrize("kind", ["media", "subsets", "lengths"])
     def test_opcheck(self, kind: str) -> None:

@@ -66,7 +66,7 @@ def test_rows_in_two_blocks(width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "width, blocks",
+    ("width", "blocks"),
     [(8, (16, 0)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (88, (64, 32)), (96, (64, 32)), (112, (128, 0))],
 )
 def test_split_width(width: int, blocks: tuple[int, int]) -> None:

@@ -79,10 +79,18 @@ def flamingo(kind: str = "llama", *, seed: int = 0, **changes: object) -> Flamin
 
 def prompts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids [3, 7], attention mask, images [3, 2, ...] and image mask: two images; one, padded left; none at all."""
-    ids = torch.tensor([[IMAGE, 5, 6, 7, IMAGE, 8, 9], [PAD, PAD, 10, IMAGE, 11, 12, 13], [PAD, 14, 15, 16, 17, 18, 19]])
+    ids = torch.tensor(
+        [[IMAGE, 5, 6, 7, IMAGE, 8, 9], [PAD, PAD, 10, IMAGE, 11, 12, 13], [PAD, 14, 15, 16, 17, 18, 19]]
+    )
     images = torch.randn(3, 2, 2, 4, 3)
     # The one image of the second sample stands behind a padding image.
     return ids, (ids != PAD).long(), images, torch.tensor([[True, True], [False, True], [False, False]])
 
 
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE], "eos_token_id": None, "pad_token_id": PAD}
+GREEDY = {
+    "max_new_tokens": 5,
+    "do_sample": False,
+    "suppress_tokens": [IMAGE],
+    "eos_token_id": None,
+    "pad_token_id": PAD,
+}

@@ -86,7 +86,7 @@ def test_clear_errors(captioner: Captioner, tmp_path: Path) -> None:
     folder = captioner.save(tmp_path / "bridge")
     with pytest.raises(FileNotFoundError, match=r"no captioner in .*captioner.json, language_model, tokenizer missing"):
         generate_captions(tmp_path, [tmp_path])
-    with pytest.raises(ValueError, match="unknown words; this model knows: .*handwritten"):
+    with pytest.raises(ValueError, match=r"unknown words; this model knows: .*handwritten"):
         captioner.caption(torch.rand(1, 1, 8, 8), "a picture of")
     text = tmp_path / "notes.txt"
     text.write_text("not an image")

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from mllm_fast.models import Flamingo
-from mllm_fast.models.flamingo import decoder_layers
-
+from mllm_fast.models.conditioning import decoder_layers
 from tests.models.helpers import GREEDY, IMAGE, PAD, Vision, config, flamingo, language_model, prompts
 
 
@@ -189,13 +188,13 @@ def test_clear_errors() -> None:
         Flamingo(language_model(), Vision(), config(every=5))
     model = flamingo()
     ids, mask, images, image_mask = prompts()
-    with pytest.raises(ValueError, match="sample 0 has 2 media tokens .* but 1 images"):
+    with pytest.raises(ValueError, match=r"sample 0 has 2 media tokens .* but 1 images"):
         model(ids, images[:, :1])
-    with pytest.raises(ValueError, match="sample 0 has 2 media tokens .* but 0 images"):
+    with pytest.raises(ValueError, match=r"sample 0 has 2 media tokens .* but 0 images"):
         model(ids)
     with pytest.raises(ValueError, match="pass one of them"):
         model(ids, images, media=model.encode_images(images))
-    with pytest.raises(ValueError, match="expected .samples, images, channels"):
+    with pytest.raises(ValueError, match=r"expected .samples, images, channels"):
         model(ids, images[0])
     with pytest.raises(ValueError, match=r"image_mask has shape \(3, 1\)"):
         model(ids, images, image_mask=image_mask[:, :1])
@@ -213,7 +212,9 @@ def test_a_manual_decoding_step_with_image_index() -> None:
     ids, mask, images, image_mask = prompts()
     media = model.encode_images(images, image_mask)
     full = model(ids, media=media, image_mask=image_mask, attention_mask=mask).logits
-    start = model(ids[:, :6], media=media, image_index=model.image_index(ids, 2, image_mask)[:, :6], attention_mask=mask[:, :6])
+    start = model(
+        ids[:, :6], media=media, image_index=model.image_index(ids, 2, image_mask)[:, :6], attention_mask=mask[:, :6]
+    )
     step = model(
         ids[:, 6:],
         media=media,
