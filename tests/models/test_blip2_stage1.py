@@ -1,0 +1,396 @@
+"""BLIP-2's first stage: its three objectives against upstream's modules and an explicit UniLM pass, and what it computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Blip2ForImageTextRetrieval, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mllm_fast.models.blip2_stage1 import Blip2Stage1
+from mllm_fast.models.lavis_checkpoint import LavisMismatchError, load_lavis
+from tests.families.builders import randomise
+from tests.families.instruments import Recorder, assert_same, assert_within_twice, recording
+from tests.families.qformers import DIM, FFN, IMAGE, QUERIES, VOCABULARY, draw, retrieval
+
+DEC, SEP, PAIRS, LENGTH, PATCHES, LAYERS = 58, 57, 3, 6, 5, 5
+NEGATIVES = (torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]))
+
+
+def stage1(seed: int = 0, **qformer: Any) -> tuple[Blip2Stage1, Blip2ForImageTextRetrieval]:
+    """The model, and upstream's with the same weights."""
+    upstream = retrieval(seed, **qformer)
+    model = Blip2Stage1(copy.deepcopy(upstream), bos_token_id=DEC, eos_token_id=SEP)
+    randomise(model.lm_head, seed + 1)
+    return model.eval(), upstream
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    drawn = draw(seed, PAIRS)
+    pixels = torch.randn(PAIRS, 3, 28, 28, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return {"input_ids": drawn["ids"], "attention_mask": drawn["text_mask"], "pixel_values": pixels}
+
+
+class Reference(nn.Module):
+    """Stage 1 the way LAVIS computes it, from upstream's modules: every pass by itself, images copied for every pair.
+
+    ITG is the explicit joint pass with a dense UniLM mask: queries see queries, text sees queries and earlier text.
+    """
+
+    def __init__(self, upstream: Blip2ForImageTextRetrieval, model: Blip2Stage1) -> None:
+        super().__init__()
+        self.retrieval = upstream
+        self.lm_head = copy.deepcopy(model.lm_head)
+        self.temperature = copy.deepcopy(model.temperature)
+        self.smoothing = model.label_smoothing
+
+    def words(self) -> Tensor:
+        return self.retrieval.embeddings.word_embeddings.weight
+
+    def joint(self, ids: Tensor, image: Tensor) -> Tensor:
+        """Scores of the token after each of `ids`."""
+        r = self.retrieval
+        x = r.embeddings(input_ids=ids, query_embeds=r.query_tokens.expand(len(ids), -1, -1))
+        x = r.qformer.dropout(r.qformer.layernorm(x))
+        rows = torch.arange(x.shape[1])
+        visible = (rows <= rows[:, None]) & (rows[:, None] >= QUERIES) | (rows < QUERIES)
+        visible = visible.expand(len(ids), 1, -1, -1)
+        for layer in r.qformer.encoder.layer:
+            x = layer(x, visible, image, query_length=QUERIES)
+        hidden = x[:, QUERIES:]
+        head = self.lm_head
+        return F.linear(head.norm(F.gelu(head.dense(hidden))), self.words(), head.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        r, b = self.retrieval, len(input_ids)
+        image = r.vision_model(pixel_values).last_hidden_state
+        queries = r.query_tokens.expand(b, -1, -1)
+        features = r.qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+        text = r.qformer(
+            query_embeds=r.embeddings(input_ids=input_ids), query_length=0, attention_mask=attention_mask
+        ).last_hidden_state
+        features = F.normalize(r.vision_projection(features), dim=-1)
+        text = F.normalize(r.text_projection(text[:, 0]), dim=-1)
+        i2t = torch.einsum("iqe,te->itq", features, text).max(-1).values / self.temperature
+        t2i = torch.einsum("te,iqe->tiq", text, features).max(-1).values / self.temperature
+        target = torch.arange(b)
+        itc = sum(F.cross_entropy(s, target, label_smoothing=self.smoothing) for s in (i2t, t2i)) / 2
+        wrong_image, wrong_text = NEGATIVES
+        ids = torch.cat((input_ids, input_ids, input_ids[wrong_text]))
+        mask = torch.cat((attention_mask, attention_mask, attention_mask[wrong_text]))
+        hidden = r.qformer(
+            query_embeds=r.embeddings(input_ids=ids, query_embeds=r.query_tokens.expand(3 * b, -1, -1)),
+            query_length=QUERIES,
+            attention_mask=torch.cat((torch.ones(3 * b, QUERIES, dtype=torch.long), mask), 1),
+            encoder_hidden_states=torch.cat((image, image[wrong_image], image)),
+        ).last_hidden_state[:, :QUERIES]
+        itm = F.cross_entropy(r.itm_head(hidden).mean(1), torch.tensor([1] * b + [0] * 2 * b))
+        decoder_ids = input_ids.clone()
+        decoder_ids[:, 0] = DEC
+        labels = decoder_ids.masked_fill(attention_mask == 0, -100)
+        scores = self.joint(decoder_ids, image)[:, :-1]
+        itg = F.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=self.smoothing)
+        return {"loss": itc + itm + itg, "itc": itc, "itm": itm, "itg": itg}
+
+
+def results(model: nn.Module, dtype: torch.dtype, seed: int = 0, **more: Any) -> dict[str, Tensor]:
+    """Losses, and the gradient of their sum for every parameter."""
+    model.zero_grad(set_to_none=True)
+    given = batch(seed)
+    losses = model(**given | {"pixel_values": given["pixel_values"].to(dtype)}, **more)
+    losses["loss"].backward()
+    found = {name: value.detach() for name, value in losses.items()}
+    return found | {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_losses_and_gradients_equal_the_explicit_passes(train: bool, checkpointed: bool) -> None:
+    model, upstream = (m.double().train(train) for m in stage1())
+    reference = Reference(upstream, model)
+    if checkpointed:
+        model.retrieval.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(results(model, torch.float64, negatives=NEGATIVES), results(reference, torch.float64))
+
+
+def test_reentrant_checkpointing_reaches_what_generation_reads_of_contrast() -> None:
+    model, upstream = (m.double().train() for m in stage1())
+    model.retrieval.gradient_checkpointing_enable({"use_reentrant": True})
+    ours = results(model, torch.float64, negatives=NEGATIVES)
+    assert_same(ours, results(Reference(upstream, model), torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_within_twice_the_error_of_upstreams_modules(dtype: torch.dtype) -> None:
+    ours, theirs, exact = [], [], []
+    for seed in range(4):
+        model, upstream = stage1(seed)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data *= 0.7
+        upstream.load_state_dict(model.retrieval.state_dict())
+        model.to(dtype)
+        reference = Reference(upstream.to(dtype), model)
+        exact.append(results(copy.deepcopy(reference).float(), torch.float32, seed))
+        theirs.append(results(reference, dtype, seed))
+        ours.append(results(model, dtype, seed, negatives=NEGATIVES))
+    assert_within_twice(ours, theirs, exact)
+
+
+def test_dropout_is_active_in_every_pass() -> None:
+    model, _ = stage1(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    model.train()
+    first, second = (results(model, torch.float32, negatives=NEGATIVES) for _ in range(2))
+    assert all(first[name] != second[name] for name in ("itc", "itm", "itg"))
+    model.eval()
+    first, second = (results(model, torch.float32, negatives=NEGATIVES) for _ in range(2))
+    assert_same(first, second, 0.0)
+
+
+def test_similarity_and_matching_equal_upstream() -> None:
+    model, upstream = (m.double() for m in stage1())
+    given = batch()
+    itc = upstream(**given).logits_per_image
+    torch.testing.assert_close(model.similarity(**given), itc, rtol=0, atol=1e-12)
+    itm = upstream(**given, use_image_text_matching_head=True).logits_per_image
+    torch.testing.assert_close(model.match(**given), itm, rtol=0, atol=1e-12)
+    features = model.encode_images(given.pop("pixel_values"))
+    torch.testing.assert_close(model.match(**given, features=features), itm, rtol=0, atol=1e-12)
+
+
+def test_matching_by_index() -> None:
+    model, upstream = (m.double() for m in stage1())
+    given, index = batch(), torch.tensor([2, 0, 2])
+    expected = upstream(**given | {"pixel_values": given["pixel_values"][index]}, use_image_text_matching_head=True)
+    ours = model.match(**given, image_index=index)
+    torch.testing.assert_close(ours, expected.logits_per_image, rtol=0, atol=1e-12)
+    one = given | {"pixel_values": given["pixel_values"][:1]}
+    copied = given | {"pixel_values": given["pixel_values"][:1].expand(PAIRS, -1, -1, -1)}
+    expected = upstream(**copied, use_image_text_matching_head=True).logits_per_image
+    torch.testing.assert_close(model.match(**one), expected, rtol=0, atol=1e-12)
+
+
+class _Config(PreTrainedConfig):
+    model_type = "explicit_unilm"
+
+
+class Explicit(PreTrainedModel, GenerationMixin):
+    """What transformers' own `generate` gives when each step is the joint pass over queries and all text, without a cache."""
+
+    config_class = _Config
+
+    def __init__(self, reference: Reference, pixels: Tensor) -> None:
+        super().__init__(_Config(vocab_size=VOCABULARY))
+        self.reference = reference
+        self.image = reference.retrieval.vision_model(pixels).last_hidden_state
+        self.generation_config = GenerationConfig(bos_token_id=DEC, eos_token_id=SEP, pad_token_id=0)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+        image = self.image.repeat_interleave(len(input_ids) // len(self.image), 0)
+        return CausalLMOutputWithPast(logits=self.reference.joint(input_ids, image))
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}, {"do_sample": True}],
+    ids=str,
+)
+def test_generated_text_equals_generate_over_explicit_joint_passes(how: dict[str, Any], prompted: bool) -> None:
+    for seed in range(2):
+        model, upstream = (m.double() for m in stage1(seed))
+        given = batch(seed)
+        prompt = given["input_ids"][:, 1:4] if prompted else None
+        start = torch.full((PAIRS, 1), DEC)
+        start = start if prompt is None else torch.cat((start, prompt), 1)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            explicit = Explicit(Reference(upstream, model), given["pixel_values"])
+            theirs = explicit.generate(input_ids=start, max_new_tokens=7, use_cache=False, **how)
+        torch.manual_seed(0)
+        ours = model.generate_text(given["pixel_values"], prompt_ids=prompt, max_new_tokens=7, **how)
+        assert torch.equal(ours, theirs), (ours, theirs)
+
+
+def test_generation_reuses_what_contrast_made() -> None:
+    """S7 of the design: the cached pass equals the joint one, for text of any length."""
+    model, upstream = (m.double() for m in stage1())
+    given = batch()
+    reference = Reference(upstream, model)
+    image = model.encode_images(given["pixel_values"])
+    _, past = model._query_pass(model._images(None, image, None), keep=True)
+    hidden = model.generation_pass(past, given["input_ids"])
+    scores = model.lm_head(hidden, reference.words())
+    torch.testing.assert_close(scores, reference.joint(given["input_ids"], image), rtol=0, atol=1e-10)
+
+
+def recorded(model: Blip2Stage1, **more: Any) -> Recorder:
+    given = batch()
+    with recording() as record:
+        model(**given | {"pixel_values": given["pixel_values"].float()}, **more)
+    return record
+
+
+def image_gemms(record: Recorder) -> list[tuple[int, int]]:
+    """Rows and columns of the projections of image features, the vision tower's own apart."""
+    return [(g.m, g.n) for g in record.gemms if g.k == IMAGE and g.n % DIM == 0]
+
+
+def test_a_step_projects_each_image_once_for_all_objectives() -> None:
+    model, upstream = stage1()
+    assert image_gemms(recorded(model, negatives=NEGATIVES)) == [(PAIRS * PATCHES, 3 * 2 * DIM)]
+    with torch.no_grad():
+        assert image_gemms(recorded(model, negatives=NEGATIVES)) == [(PAIRS * PATCHES, 3 * 2 * DIM)]
+    given = batch()
+    with recording() as record:
+        Reference(upstream, model)(**given | {"pixel_values": given["pixel_values"].float()})
+    rows = sum(m * n for m, n in image_gemms(record))
+    # Once for contrast, three times for matching, and in the explicit joint pass once more.
+    assert rows == 5 * PAIRS * PATCHES * 3 * 2 * DIM
+
+
+def test_a_step_computes_only_rows_that_somebody_reads() -> None:
+    model, _ = stage1()
+    second = [g for g in recorded(model, negatives=NEGATIVES).gemms if g.k == FFN]
+    full = LAYERS - 1
+    queries, text = PAIRS * QUERIES, PAIRS * LENGTH
+    rows = LAYERS * queries  # contrast: queries
+    rows += full * text + PAIRS  # contrast: text, of which the last layer computes the first row
+    rows += LAYERS * 3 * queries + full * 3 * text  # matching: no text in the last layer
+    rows += LAYERS * PAIRS * (LENGTH - 1)  # generation: no queries, and the last token predicts nothing
+    assert sum(g.m for g in second) == rows
+
+
+def test_generation_reads_the_image_once_and_one_text_row_a_step() -> None:
+    model, _ = stage1()
+    pixels = batch()["pixel_values"].float()
+    model.lm_head.bias.data[SEP] = -100  # no text ends
+    with recording() as record:
+        model.generate_text(pixels, max_new_tokens=5, num_beams=3)
+    assert sum(m for m, _ in image_gemms(record)) <= PAIRS * PATCHES
+    rows = [g.m for g in record.gemms if g.k == FFN]
+    assert rows == LAYERS * [PAIRS * QUERIES] + 5 * LAYERS * [3 * PAIRS]
+
+
+def test_negatives_are_drawn_among_the_others_and_the_more_alike_the_likelier() -> None:
+    model, _ = stage1()
+    similarity = torch.tensor([[0.9, 0.5, -0.9], [0.1, 0.9, 0.1], [-0.9, 0.7, 0.9]])
+    drawn = [model._draw_negatives(similarity) for _ in range(50)]
+    image, text = (torch.stack(part) for part in zip(*drawn, strict=True))
+    assert not (image == torch.arange(3)).any()
+    assert not (text == torch.arange(3)).any()
+    assert (text[:, 0] == 1).all()  # text 1 is far more like image 0 than text 2 is
+    assert (text[:, 1] == 0).any()
+    assert (text[:, 1] == 2).any()
+    assert results(model, torch.float32)["itm"].isfinite()
+
+
+def lavis_checkpoint(model: Blip2Stage1, tower: bool) -> dict[str, Tensor]:
+    """The model's parameters under LAVIS's names, spelled out independently of the loader's rules."""
+    state: dict[str, Tensor] = {}
+    r = model.retrieval
+    bert = "Qformer.bert."
+    state["query_tokens"], state["temp"] = r.query_tokens, model.temperature
+    parts = {"vision_proj": r.vision_projection, "text_proj": r.text_projection, "itm_head": r.itm_head}
+    parts |= {f"{bert}embeddings.LayerNorm": r.qformer.layernorm, "ln_vision": r.vision_model.post_layernorm}
+    parts |= {f"{bert}embeddings.{n}_embeddings": getattr(r.embeddings, f"{n}_embeddings") for n in ("word", "position")}
+    for i, layer in enumerate(r.qformer.encoder.layer):
+        at = f"{bert}encoder.layer.{i}."
+        for name in ("attention", "crossattention") if layer.has_cross_attention else ("attention",):
+            branch = getattr(layer, name)
+            parts |= {f"{at}{name}.self.{p}": getattr(branch.attention, p) for p in ("query", "key", "value")}
+            parts |= {f"{at}{name}.output.dense": branch.output.dense, f"{at}{name}.output.LayerNorm": branch.output.LayerNorm}
+        for suffix in ("", "_query"):
+            up, down = getattr(layer, f"intermediate{suffix}"), getattr(layer, f"output{suffix}")
+            parts |= {f"{at}intermediate{suffix}.dense": up.dense, f"{at}output{suffix}.dense": down.dense}
+            parts[f"{at}output{suffix}.LayerNorm"] = down.LayerNorm
+    head = "Qformer.cls.predictions."
+    parts |= {f"{head}transform.dense": model.lm_head.dense, f"{head}transform.LayerNorm": model.lm_head.norm}
+    state |= {f"{head}bias": model.lm_head.bias, f"{head}decoder.bias": model.lm_head.bias}
+    state[f"{head}decoder.weight"] = r.embeddings.word_embeddings.weight
+    state[f"{bert}embeddings.position_ids"] = torch.arange(64)[None]
+    if tower:
+        vision = r.vision_model
+        state["visual_encoder.cls_token"] = vision.embeddings.class_embedding
+        state["visual_encoder.pos_embed"] = vision.embeddings.position_embedding
+        parts["visual_encoder.patch_embed.proj"] = vision.embeddings.patch_embedding
+        for i, layer in enumerate(vision.encoder.layers):
+            at = f"visual_encoder.blocks.{i}."
+            state[f"{at}attn.qkv.weight"] = layer.self_attn.qkv.weight
+            q, k, v = layer.self_attn.qkv.bias.detach().chunk(3)
+            k.zero_()
+            state |= {f"{at}attn.q_bias": q, f"{at}attn.v_bias": v}
+            parts |= {f"{at}attn.proj": layer.self_attn.projection, f"{at}mlp.fc1": layer.mlp.fc1, f"{at}mlp.fc2": layer.mlp.fc2}
+            parts |= {f"{at}norm1": layer.layer_norm1, f"{at}norm2": layer.layer_norm2}
+    for name, part in parts.items():
+        state |= {f"{name}.{p}": value for p, value in part.named_parameters()}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_lavis_checkpoints_load(tower: bool, tmp_path: Any) -> None:
+    trained, _ = stage1(1)
+    checkpoint = lavis_checkpoint(trained, tower)
+    torch.save({"model": checkpoint, "epoch": 3}, tmp_path / "stage1.pth")
+    model, _ = stage1(2)
+    if not tower:
+        model.retrieval.vision_model.load_state_dict(trained.retrieval.vision_model.state_dict())
+        model.retrieval.vision_model.post_layernorm.weight.data.fill_(0.5)
+    load_lavis(model, tmp_path / "stage1.pth")
+    for name, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    trained.retrieval.vision_model.post_layernorm.eps = 1e-5
+    given = batch() | {"pixel_values": batch()["pixel_values"].float()}
+    ours, theirs = (m(**given, negatives=NEGATIVES)["loss"] for m in (model, trained))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_lavis_checkpoint_that_does_not_fit_lists_everything_and_changes_nothing() -> None:
+    trained, _ = stage1(1)
+    checkpoint = lavis_checkpoint(trained, tower=False)
+    del checkpoint["itm_head.bias"]
+    del checkpoint["Qformer.bert.encoder.layer.1.attention.self.query.weight"]
+    checkpoint["t5_proj.weight"] = torch.zeros(2, 2)
+    checkpoint["Qformer.bert.embeddings.word_embeddings.weight"] = torch.zeros(VOCABULARY - 1, DIM)
+    model, _ = stage1(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(LavisMismatchError) as caught:
+        load_lavis(model, checkpoint)
+    for line in (
+        "missing: retrieval.itm_head.bias",
+        "missing: retrieval.qformer.encoder.layer.1.attention.attention.query.weight",
+        "unexpected: t5_proj.weight",
+        "shape of retrieval.embeddings.word_embeddings.weight: the checkpoint has (59, 24), the model has (60, 24)",
+    ):
+        assert line in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 5
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_bad_input() -> None:
+    model, upstream = (m.double() for m in stage1())
+    given = batch()
+    with pytest.raises(ValueError, match=r"attention_mask is missing; expected \(3, 6\)"):
+        model(given["input_ids"], None, given["pixel_values"])
+    with pytest.raises(ValueError, match="got 3 images and 2 texts"):
+        model(given["input_ids"][:2], given["attention_mask"][:2], given["pixel_values"])
+    with pytest.raises(ValueError, match="at least two pairs"):
+        model(**{name: value[:1] for name, value in given.items()})
+    with pytest.raises(ValueError, match="either pixel_values or features"):
+        model.match(given["input_ids"], given["attention_mask"])
+    with pytest.raises(ValueError, match=r"expected \[3, P\], a prompt an image"):
+        model.generate_text(given["pixel_values"], prompt_ids=given["input_ids"][:2])
+    with pytest.raises(ValueError, match="vocabulary has 60 words"):
+        Blip2Stage1(upstream, bos_token_id=60, eos_token_id=SEP)
+    with pytest.raises(ValueError, match="use_qformer_text_input=True"):
+        Blip2Stage1(retrieval(use_qformer_text_input=False), bos_token_id=DEC, eos_token_id=SEP)
