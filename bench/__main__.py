@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import report
+from . import report, roofline
 from .measure import QUICK, Limits, Plan, machine_limits
 from .registry import Result, UnknownWorkloadError, Workload, WrongResultError, find, run
 
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     try:
         if args.compare:
             console.print(report.comparison(*(report.load(path) for path in args.compare)))
+            return 0
+        if args.plot is not None:
+            _print_written(console, _plots(report.load(args.plot), args.plot))
             return 0
         chosen = find(args.workload)
     except (UnknownWorkloadError, report.ReportFileError) as error:
@@ -52,12 +56,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     console.print(report.table(rows))
     console.print(report.summary(data))
     if args.out is not None:
-        written = [args.out]
-        if any(r["peers"] for r in rows):
-            written.append(args.out.with_suffix(".png"))
-            report.plot(data, written[-1])
-        console.print("wrote " + " and ".join(map(str, written)), soft_wrap=True)
+        _print_written(console, [args.out, *_plots(data, args.out)])
     return int(any("failed" in r for r in rows))
+
+
+def _plots(data: Mapping[str, Any], path: Path) -> list[Path]:
+    """Draw a report beside its file."""
+    if not any(r["peers"] for r in data["rows"]):
+        return []
+    bars, roof = path.with_suffix(".png"), path.with_name(f"{path.stem}_roofline.png")
+    report.plot(data, bars)
+    roofline.plot(data, roof)
+    return [bars, roof]
+
+
+def _print_written(console: Console, paths: Sequence[Path]) -> None:
+    console.print("wrote " + (" and ".join(map(str, paths)) or "nothing: no row was timed"), soft_wrap=True)
 
 
 def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: Console) -> Iterator[list[report.Row]]:
@@ -100,7 +114,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=_positive, help="at most this long per workload (default 30; quick 4)")
     parser.add_argument("--threads", type=int, choices=range(1, 1025), metavar="N", help="CPU threads of torch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=_json, metavar="FILE.json", help="write the results, and a plot beside them")
+    parser.add_argument("--out", type=_json, metavar="FILE.json", help="write the results, and plots beside them")
+    parser.add_argument("--plot", type=Path, metavar="FILE.json", help="draw the plots of a result file and stop")
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two result files and stop"
     )

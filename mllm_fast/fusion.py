@@ -183,7 +183,7 @@ def _kernels(module: nn.Module, entry: Entry) -> str:
     parameter = next(module.parameters(), None)
     device_type = "cpu" if parameter is None else parameter.device.type
     if not entry.ops:
-        return "shares images and media keys between layers, steps and beams"
+        return "hands its fused parts what they share"
     return ", ".join(f"{op} [{runtime.explain(op, device_type)[0]}]" for op in entry.ops)
 
 

@@ -210,7 +210,10 @@ def _gradients(attend: Attend, inputs: Inputs, grad: Tensor) -> Sequence[Tensor]
 
 
 def build(device: torch.device, *, shape: Shape, dtype: torch.dtype, backward: bool) -> Case:
-    """The peers on the same inputs. Backward: a call gives dq; that dk and dv are right is checked here, once."""
+    """The peers on the same inputs; the unfused one is the measure of how far the others may be off.
+
+    Backward: a call returns dq, which is checked with the rest; that dk and dv are right is checked here, once.
+    """
     torch.manual_seed(0)
     q, keys = shape.elements
     copies = min(MOST_COPIES, max(1, math.ceil(ROTATED_BYTES / (2 * (q + keys) * dtype.itemsize))))
@@ -219,10 +222,9 @@ def build(device: torch.device, *, shape: Shape, dtype: torch.dtype, backward: b
     wide = tuple(x.detach().to(WIDER[dtype]).requires_grad_(backward) for x in inputs[0])
     attends = dict(_peers(shape, dtype, device))
     exactly = _sdpa(shape, device)
-    coarse = frozenset({EAGER, COMPILED})
     if not backward:
         calls = {name: [functools.partial(attend, given) for given in inputs] for name, attend in attends.items()}
-        return Case(calls, functools.partial(exactly, wide), coarse)
+        return Case(calls, functools.partial(exactly, wide), EAGER)
 
     def query_gradient(attend: Attend, given: Inputs, grad: Tensor) -> Tensor:
         return _gradients(attend, given, grad)[0]
@@ -232,12 +234,12 @@ def build(device: torch.device, *, shape: Shape, dtype: torch.dtype, backward: b
 
     wide_grad = grads[0].to(WIDER[dtype])
     keys_only = {name: [functools.partial(key_gradients, a, inputs[0], grads[0])] for name, a in attends.items()}
-    check(Case(keys_only, functools.partial(key_gradients, exactly, wide, wide_grad), coarse))
+    check(Case(keys_only, functools.partial(key_gradients, exactly, wide, wide_grad), EAGER))
     timed = {
         name: [functools.partial(query_gradient, attend, *pair) for pair in zip(inputs, grads, strict=True)]
         for name, attend in attends.items()
     }
-    return Case(timed, functools.partial(query_gradient, exactly, wide, wide_grad), coarse)
+    return Case(timed, functools.partial(query_gradient, exactly, wide, wide_grad), EAGER)
 
 
 def _add(

@@ -22,9 +22,15 @@ Source = tuple[Tensor, Tensor]  # k, v
 
 
 def run(
-    plan: Plan, q: Tensor, sources: tuple[Source, ...], scale: float, dropout_p: float, seed: int
+    plan: Plan,
+    q: Tensor,
+    sources: tuple[Source, ...],
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output [B, Lq, H, D] in q's dtype, and the logsumexp [B, Lq, H] in fp32 (fp64 for fp64).
+    """The output [B, Lq, H, D] in `dtype`, and the logsumexp [B, Lq, H] in fp32 (fp64 for fp64).
 
     The logsumexp of rows that see nothing is undefined; it is None where no row sees anything.
     """
@@ -33,9 +39,9 @@ def run(
     sources = _widen_reread(plan, sources, wide)
     if len(plan.segments) == 1 and plan.covers:
         out, lse = _run_segment(plan.segments[0], q, sources, scale, wide, dropout)
-        return out.to(q.dtype), lse
+        return out.to(dtype), lse
     # Rows of no segment see nothing.
-    total = q.new_empty(q.shape) if plan.covers else q.new_zeros(q.shape)
+    total = q.new_empty(q.shape, dtype=dtype) if plan.covers else q.new_zeros(q.shape, dtype=dtype)
     total_lse = q.new_empty(q.shape[:-1], dtype=wide) if plan.segments else None
     for segment in plan.segments:
         out, lse = _run_segment(segment, q, sources, scale, wide, dropout)
@@ -54,7 +60,7 @@ def infer(plan: Plan, q: Tensor, sources: tuple[Source, ...], scale: float, drop
             out = dense.inference(q, taken, scale)
             if out is not None:
                 return out
-    return run(plan, q, sources, scale, dropout_p, seed)[0]
+    return run(plan, q, sources, scale, dropout_p, seed, q.dtype)[0]
 
 
 def _run_segment(
@@ -131,14 +137,21 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
 
 
 class Attention(torch.autograd.Function):
-    """Attention with a backward of its own. Saved: the inputs, the output, its logsumexp, and the dropout seed."""
+    """Attention with a backward of its own.
+
+    Saved: the inputs, the output, what rounding it to 16 bits lost, its logsumexp, and the dropout seed. The backward
+    pass subtracts rowsum(grad * output) from the gradient of every score. With a rounded output the scores' gradients no
+    longer sum to 0 in a row, and what all keys have in common (their bias, their mean) is multiplied by the difference.
+    """
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, scale: float, dropout_p: float, seed: int, q: Tensor, *flat: Tensor) -> Tensor:
         """The output; `flat` is k, v and, where there is a second source, extra_k, extra_v."""
         with without_autocast(q.device.type):
-            out, lse = run(plan, q, pairs(flat), scale, dropout_p, seed)
-        ctx.save_for_backward(q, *flat, out, lse)
+            exact, lse = run(plan, q, pairs(flat), scale, dropout_p, seed, compute_dtype(q.dtype))
+            out = exact.to(q.dtype)
+            lost = None if out.dtype == exact.dtype else (exact - out).to(q.dtype)
+        ctx.save_for_backward(q, *flat, out, lost, lse)
         ctx.settings = plan, scale, dropout_p, seed
         return out
 
@@ -146,8 +159,10 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors, and None for the rest."""
-        q, *flat, out, lse = ctx.saved_tensors
+        q, *flat, out, lost, lse = ctx.saved_tensors
         plan, scale, dropout_p, seed = ctx.settings
+        if lost is not None:
+            out = out.to(compute_dtype(q.dtype)) + lost
         with without_autocast(q.device.type):
             dq, rest = gradients(plan, grad, q, pairs(flat), out, lse, scale, dropout_p, seed)
         return None, None, None, None, dq, *rest

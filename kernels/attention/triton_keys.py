@@ -135,6 +135,7 @@ def attention_keys(
     UNIFORM: tl.constexpr,
     DROPOUT: tl.constexpr,
     IMAGE_WORDS: tl.constexpr,  # 64-bit words a row; 0: no media mask
+    EIGHTS: tl.constexpr,  # all strides of heads are multiples of 8
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -164,15 +165,19 @@ def attention_keys(
     m_n = o_n < stop
 
     o_key = o_n.to(tl.int64)
-    b_k0 = load_rows(K + i_kv * s_kb + i_h * s_kh, o_key * s_kl, m_n, 0, D0, D)  # [BN, D0]
-    b_v0 = load_rows(V + i_kv * s_vb + i_h * s_vh, o_key * s_vl, m_n, 0, D0, D)
+    i_kh, i_vh = i_h * s_kh, i_h * s_vh
+    if EIGHTS:
+        i_kh, i_vh = tl.multiple_of(i_kh, 8), tl.multiple_of(i_vh, 8)
+    p_k, p_v = K + i_kv * s_kb + i_kh, V + i_kv * s_vb + i_vh
+    b_k0 = load_rows(p_k, o_key * s_kl, m_n, 0, D0, D)  # [BN, D0]
+    b_v0 = load_rows(p_v, o_key * s_vl, m_n, 0, D0, D)
     b_k1, b_v1 = b_k0, b_v0
     b_dk0 = tl.zeros([BN, D0], tl.float32)
     b_dv0 = tl.zeros([BN, D0], tl.float32)
     b_dk1, b_dv1 = m_n, m_n
     if D1 > 0:
-        b_k1 = load_rows(K + i_kv * s_kb + i_h * s_kh, o_key * s_kl, m_n, D0, D1, D)  # [BN, D1]
-        b_v1 = load_rows(V + i_kv * s_vb + i_h * s_vh, o_key * s_vl, m_n, D0, D1, D)
+        b_k1 = load_rows(p_k, o_key * s_kl, m_n, D0, D1, D)  # [BN, D1]
+        b_v1 = load_rows(p_v, o_key * s_vl, m_n, D0, D1, D)
         b_dk1 = tl.zeros([BN, D1], tl.float32)
         b_dv1 = tl.zeros([BN, D1], tl.float32)
     scale2 = scale * LOG2E
@@ -226,8 +231,11 @@ def attention_keys(
                     b_sees = b_sees | b_uniform
                 visit = tl.max(b_sees.to(tl.int32), 0) > 0
             if visit:
-                o_q = o_b * s_qb + o_i * s_ql + o_h * s_qh
-                o_grad = o_b * s_gb + o_i * s_gl + o_h * s_gh
+                o_qh, o_gh = o_h * s_qh, o_h * s_gh
+                if EIGHTS:
+                    o_qh, o_gh = tl.multiple_of(o_qh, [8]), tl.multiple_of(o_gh, [8])
+                o_q = o_b * s_qb + o_i * s_ql + o_qh
+                o_grad = o_b * s_gb + o_i * s_gl + o_gh
                 o_row = (o_b * queries + o_i) * (key_heads * group) + o_h
                 b_dk0, b_dk1, b_dv0, b_dv1 = _step(
                     b_dk0, b_dk1, b_dv0, b_dv1, b_k0, b_k1, b_v0, b_v1, Q, GRAD, LSE, DELTA, o_q, o_grad, o_row,

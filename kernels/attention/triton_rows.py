@@ -162,6 +162,7 @@ def attention_rows(
     DROPOUT: tl.constexpr,
     IMAGE_WORDS: tl.constexpr,  # 64-bit words a row; 0: no media mask
     SPLITS: tl.constexpr,
+    EIGHTS: tl.constexpr,  # all strides of heads are multiples of 8
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -184,7 +185,12 @@ def attention_rows(
     else:
         i_kv = i_cluster * pack // fold
     o_h = i_h * group + o_g  # [BM]
-    o_q = o_b * s_qb + o_i * s_ql + o_h * s_qh
+    o_qh = o_h * s_qh
+    i_kh, i_vh = i_h * s_kh, i_h * s_vh
+    if EIGHTS:
+        # Triton itself looks for multiples of 16 only, and would then load a head of 72 or 88 columns one by one.
+        o_qh, i_kh, i_vh = tl.multiple_of(o_qh, [8]), tl.multiple_of(i_kh, 8), tl.multiple_of(i_vh, 8)
+    o_q = o_b * s_qb + o_i * s_ql + o_qh
     heads = key_heads * group
     o_row = (o_b * queries + o_i) * heads + o_h  # in [B, Lq, H]
     b_row_id = o_row.to(tl.int32)
@@ -194,7 +200,10 @@ def attention_rows(
     if D1 > 0:
         b_q1 = load_rows(Q, o_q, m_r, D0, D1, D)  # [BM, D1]
     if BACKWARD:
-        o_grad = o_b * s_gb + o_i * s_gl + o_h * s_gh
+        o_gh = o_h * s_gh
+        if EIGHTS:
+            o_gh = tl.multiple_of(o_gh, [8])
+        o_grad = o_b * s_gb + o_i * s_gl + o_gh
         b_g0 = load_rows(GRAD, o_grad, m_r, 0, D0, D)  # [BM, D0]
         if D1 > 0:
             b_g1 = load_rows(GRAD, o_grad, m_r, D0, D1, D)
@@ -213,8 +222,8 @@ def attention_rows(
         b_x1 = tl.zeros([BM, D1], tl.float32)
 
     scale2 = scale * LOG2E
-    p_k = K + i_kv * s_kb + i_h * s_kh
-    p_v = V + i_kv * s_vb + i_h * s_vh
+    p_k = K + i_kv * s_kb + i_kh
+    p_v = V + i_kv * s_vb + i_vh
     b_end = row_ends(KEY_LENGTHS, o_b, o_i, m_r, queries, keys, prefix, CAUSAL)  # [BM]
     end = keys
     if BOUNDED:
@@ -305,8 +314,11 @@ def attention_rows(
         i_extra = i_kv
         if EXTRA_OWN:
             i_extra = i_cluster
-        p_k = EXTRA_K + i_extra * s_eb + i_h * s_eh
-        p_v = EXTRA_V + i_extra * s_fb + i_h * s_fh
+        i_kh, i_vh = i_h * s_eh, i_h * s_fh
+        if EIGHTS:
+            i_kh, i_vh = tl.multiple_of(i_kh, 8), tl.multiple_of(i_vh, 8)
+        p_k = EXTRA_K + i_extra * s_eb + i_kh
+        p_v = EXTRA_V + i_extra * s_fb + i_vh
         steps = tl.cdiv(extra_keys, BN)
         i_first = steps * i_split // SPLITS
         i_end = steps * (i_split + 1) // SPLITS

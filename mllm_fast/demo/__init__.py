@@ -52,7 +52,7 @@ def run(out_dir: Path, quick: bool = False) -> int:
         photographs = load_photographs(size.images)
         with progress() as bars:
             comparisons = [compare(system, size, photographs, bars) for system in SYSTEMS]
-        console.print(table(comparisons, size))
+        console.print(table(comparisons))
         draw(comparisons, photographs, out_dir / "systems.png")
 
         console.rule("2. Teach, freeze, and train a bridge to caption handwritten digits")

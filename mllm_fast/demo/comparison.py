@@ -48,7 +48,7 @@ class Comparison:
         skipped: why it could not run, in which case nothing else is set.
         images, parameters: what was run.
         error: largest difference of the prompt's logits; `relative` is that over the largest logit.
-        same_ids: whether both versions generated the same tokens.
+        same_ids: whether both versions generated the same `new_tokens` tokens.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Comparison:
     error: float = 0.0
     relative: float = 0.0
     same_ids: bool = False
+    new_tokens: int = 0
     unfused: Measured | None = None
     fused: Measured | None = None
 
@@ -86,7 +87,7 @@ def compare(system: System, size: Size, photographs: list[Photograph], progress:
     step("logits compared")
     ids = []
     for case in cases:
-        ids.append(case.generate(size.new_tokens, _no_tick))
+        ids.append(case.generate(case.new_tokens, _no_tick))
         step("ids compared")
     peaks = [peak_bytes(lambda case=case: case.generate(2, _no_tick)) for case in cases]
     step("memory measured")
@@ -94,7 +95,7 @@ def compare(system: System, size: Size, photographs: list[Photograph], progress:
     for _ in range(size.rounds):
         for case, clock in zip(cases, clocks, strict=True):
             clock.start()
-            case.generate(size.new_tokens, clock.tick)
+            case.generate(case.new_tokens, clock.tick)
             step("timed")
     unfused, fused = (
         Measured(statistics.median(clock.first), statistics.median(clock.following), peak)
@@ -108,6 +109,7 @@ def compare(system: System, size: Size, photographs: list[Photograph], progress:
         error=error,
         relative=error / float(before.abs().max()),
         same_ids=bool(torch.equal(*ids)),
+        new_tokens=cases[0].new_tokens,
         unfused=unfused,
         fused=fused,
     )
@@ -181,33 +183,34 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return tracker.peak
 
 
-def table(comparisons: list[Comparison], size: Size) -> Table:
+def table(comparisons: list[Comparison]) -> Table:
     """The comparisons for people to read."""
     result = Table(
-        title="Unfused and fused, side by side (fp32, random weights, real photographs)", title_justify="left"
+        title="Each cell: unfused, fused, ratio (fp32, random weights, real photographs)", title_justify="left"
     )
-    for column in ("system", "size", "max error (relative)", f"{size.new_tokens} ids"):
-        result.add_column(column)
+    result.add_column("system")
     for column in ("first token", "next token", "peak memory"):
         result.add_column(column, justify="right")
+    result.add_column("fused against unfused")
     for c in comparisons:
-        if c.skipped or c.unfused is None or c.fused is None:
-            result.add_row(c.name, f"skipped: {c.skipped}", *[""] * 5)
+        if c.unfused is None or c.fused is None:
+            result.add_row(c.name, "", "", "", f"skipped: {c.skipped}", end_section=True)
             continue
+        before, after = c.unfused, c.fused
         result.add_row(
-            c.name,
-            f"{c.images} images, {c.parameters / 1e6:.0f} M parameters",
-            f"{c.error:.1e} ({c.relative:.1e})",
-            "equal" if c.same_ids else "[red]differ[/red]",
-            _change(c.unfused.first_token * 1e3, c.fused.first_token * 1e3, "ms"),
-            _change(c.unfused.next_token * 1e3, c.fused.next_token * 1e3, "ms"),
-            _change(c.unfused.peak / 2**20, c.fused.peak / 2**20, "MiB"),
+            f"{c.name}\n{c.images} images, {c.parameters / 1e6:.0f} M parameters",
+            _milliseconds(before.first_token, after.first_token),
+            _milliseconds(before.next_token, after.next_token),
+            f"{before.peak / 2**20:.1f} MiB\n{after.peak / 2**20:.1f} MiB\n{after.peak / max(before.peak, 1):.2f}x",
+            f"max error {c.error:.1e}\nrelative {c.relative:.1e}\n"
+            + (f"{c.new_tokens} ids equal" if c.same_ids else f"[red]{c.new_tokens} ids differ[/red]"),
+            end_section=True,
         )
     return result
 
 
-def _change(before: float, after: float, unit: str) -> str:
-    return f"{before:.4g} to {after:.4g} {unit} ({before / max(after, 1e-9):.2f}x)"
+def _milliseconds(before: float, after: float) -> str:
+    return f"{before * 1e3:.1f} ms\n{after * 1e3:.1f} ms\n{before / max(after, 1e-9):.2f}x speed"
 
 
 def draw(comparisons: list[Comparison], photographs: list[Photograph], path: Path) -> None:

@@ -281,7 +281,7 @@ def draw_strip(result: DigitsResult, path: Path, columns: int = 8) -> None:
         f"Held-out digits and what the model says of them: {result.accuracy:.1%} of {len(right)} captions exact"
     )
     for axes, i in zip(figure.subplots(3, columns).flat, shown, strict=False):
-        axes.imshow(result.images[i, 0], cmap="gray", vmin=0, vmax=1)
+        axes.imshow(result.images[i, 0].numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(result.captions[i], fontsize=8, color="black" if right[i] else "tab:red")
         axes.set_axis_off()
     figure.savefig(path, dpi=110)

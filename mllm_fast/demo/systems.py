@@ -37,7 +37,7 @@ class Size:
         latents: media tokens an image.
         resampler_depth: where the system leaves it open.
         images: in the prompt, the last of which is to be described.
-        new_tokens: generated in each timed run.
+        new_tokens: generated in each timed run, where the system has a cache.
         rounds: timed runs of each version.
     """
 
@@ -67,12 +67,14 @@ class Case:
         generate: (n, tick) -> prompt and n greedily chosen tokens, [1, length + n]; calls `tick` whenever the logits of
             one more token are there.
         images: how many photographs are in the prompt.
+        new_tokens: how many to generate in a timed run.
     """
 
     model: nn.Module
     forward: Callable[[], Tensor]
     generate: Callable[[int, Tick], Tensor]
     images: int
+    new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def idefics(size: Size, photographs: list[Photograph]) -> Case:
         lambda: model(**inputs).logits,
         lambda new, tick: model.generate(**inputs, **_greedy(new, tick)),
         len(photographs),
+        size.new_tokens,
     )
 
 
@@ -213,6 +216,7 @@ def open_flamingo(size: Size, photographs: list[Photograph]) -> Case:
         lambda: model(pixels, ids, attention_mask=mask).logits,
         lambda new, tick: model.generate(pixels, ids, attention_mask=mask, **_greedy(new, tick)),
         len(photographs),
+        size.new_tokens,
     )
 
 
@@ -242,7 +246,8 @@ def flamingo_pytorch(size: Size, photographs: list[Photograph]) -> Case:
             text = torch.cat([text, logits.argmax(dim=-1)], dim=1)
         return text
 
-    return Case(model, lambda: model(ids, images=pixels), generate, len(photographs))
+    # Every token costs a whole pass.
+    return Case(model, lambda: model(ids, images=pixels), generate, len(photographs), min(size.new_tokens, 4))
 
 
 SYSTEMS = (

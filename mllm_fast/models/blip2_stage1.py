@@ -23,7 +23,7 @@ from ..families._qformer_style import embed, layers_of, run_layers
 from ..fusion import fuse
 from ..kernels.attention import Mask
 from ..modules import children
-from ..modules.qformer import LayerCall, Stacks, project_images
+from ..modules.qformer import LayerCall, Stacks, absorbs, project_images
 from .text_decoder import decode_text
 
 IGNORED = -100
@@ -51,11 +51,13 @@ class Images:
     Attributes:
         features: [I, M, D_image].
         keys_values: for each layer the projections [I, M, 2 D], or None where the layer makes its own.
+        absorbed: the queries are all that will read them, and do so without keys and values.
         stacks: stacked weights that the passes of one step share.
     """
 
     features: Tensor
     keys_values: Sequence[Tensor | None]
+    absorbed: bool
     stacks: Stacks | None
 
 
@@ -131,7 +133,9 @@ class Blip2Stage1(nn.Module):
             ValueError: a missing or misshapen mask, other than one text an image, or fewer than two pairs.
         """
         self._check_text(input_ids, attention_mask)
-        images = self._images(pixel_values, features, Stacks())
+        # A checkpointed layer makes its weights anew in backward, and must not meet those of the forward pass.
+        checkpointed = any(layer.gradient_checkpointing for layer in self.retrieval.qformer.encoder.layer)
+        images = self._images(pixel_values, features, None if checkpointed and self.training else Stacks())
         pairs = input_ids.shape[0]
         if images.features.shape[0] != pairs or pairs < 2:
             raise ValueError(
@@ -157,7 +161,7 @@ class Blip2Stage1(nn.Module):
     ) -> Tensor:
         """Cosine similarity [I, B] of every image with every text, by the best query (`use_image_text_matching_head=False`)."""
         self._check_text(input_ids, attention_mask)
-        images = self._images(pixel_values, features, None)
+        images = self._images(pixel_values, features, once=True)
         return self._similarity(self._query_pass(images)[0], self._text_pass(input_ids, attention_mask, None))
 
     def match(
@@ -177,7 +181,7 @@ class Blip2Stage1(nn.Module):
             image_index: [B], the image of each text; default: text b has image b // (B / I).
         """
         self._check_text(input_ids, attention_mask)
-        images = self._images(pixel_values, features, None)
+        images = self._images(pixel_values, features)
         return self._match(images, input_ids, attention_mask, image_index)
 
     @torch.no_grad()
@@ -201,7 +205,7 @@ class Blip2Stage1(nn.Module):
         Returns:
             what `generate` returns: ids [I * sequences, 1 + P + new], [DEC] first.
         """
-        images = self._images(pixel_values, features, None, reads=1)
+        images = self._images(pixel_values, features, once=True)
         _, past = self._query_pass(images, keep=True)
         start = torch.full((images.features.shape[0], 1), self.bos_token_id, device=images.features.device)
         if prompt_ids is not None:
@@ -215,18 +219,25 @@ class Blip2Stage1(nn.Module):
     # The passes. Each embeds its rows, runs all layers, and computes of the last one only the rows that are read.
 
     def _images(
-        self, pixel_values: Tensor | None, features: Tensor | None, stacks: Stacks | None, reads: int = 2
+        self,
+        pixel_values: Tensor | None,
+        features: Tensor | None,
+        stacks: Stacks | None = None,
+        *,
+        once: bool = False,
     ) -> Images:
+        """Features and what is projected of them; `once`: a single query pass is all that will read the images."""
         if (pixel_values is None) == (features is None):
             raise ValueError("pass either pixel_values or features, the images' features from encode_images")
         if features is None:
             assert pixel_values is not None
             features = self.encode_images(pixel_values)
         qformer = self.retrieval.qformer
-        features = features.to(qformer.layernorm.weight.dtype)
-        # What reads the image a single time may find a cheaper way than its keys and values.
-        keys_values = project_images(layers_of(qformer), qformer._mllm_fast, features, stacks)
-        return Images(features, keys_values, stacks)
+        layers, features = layers_of(qformer), features.to(qformer.layernorm.weight.dtype)
+        queries = self._queries(features.shape[0])
+        if once and absorbs(layers, queries, features, queries.shape[1]):
+            return Images(features, [None] * len(layers), True, stacks)
+        return Images(features, project_images(layers, qformer._mllm_fast, features, stacks), False, stacks)
 
     def _embed(self, x: Tensor) -> Tensor:
         qformer = self.retrieval.qformer
@@ -239,7 +250,7 @@ class Blip2Stage1(nn.Module):
     def _query_pass(self, images: Images, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Queries that read their image [I, Lq, D], and the keys and values of their self-attention."""
         x = self._embed(self._queries(images.features.shape[0]))
-        call = LayerCall(x.shape[1], keep=keep, stacks=images.stacks)
+        call = LayerCall(x.shape[1], absorbed=images.absorbed, keep=keep, stacks=images.stacks)
         return run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call)
 
     def _text_pass(self, input_ids: Tensor, attention_mask: Tensor, stacks: Stacks | None) -> Tensor:
@@ -249,9 +260,7 @@ class Blip2Stage1(nn.Module):
         none = [None] * len(self.retrieval.qformer.encoder.layer)
         return run_layers(self.retrieval.qformer, x, None, none, call, rows=1)[0][:, 0]
 
-    def _match(
-        self, images: Images, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor | None
-    ) -> Tensor:
+    def _match(self, images: Images, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor | None) -> Tensor:
         """Matching scores [B, 2]: queries and text see each other, and the queries their image."""
         queries = self._queries(input_ids.shape[0])
         count = queries.shape[1]

@@ -91,6 +91,8 @@ class _TextDecoder(PreTrainedModel, GenerationMixin):
             k, v = (torch.cat((a.repeat_interleave(rows, 0), b), 1) for a, b in zip(queries, (k, v), strict=True))
             return ops.attention(q, k, v, mask=Mask(causal=True))
 
-        x, _ = run_layers(qformer, x, None, [None] * len(past), LayerCall(0, attend=attend), rows=1 if length == 1 else None)
+        x, _ = run_layers(
+            qformer, x, None, [None] * len(past), LayerCall(0, attend=attend), rows=1 if length == 1 else None
+        )
         logits = model.lm_head(x[:, -1:], retrieval.embeddings.word_embeddings.weight)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)

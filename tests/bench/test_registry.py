@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from bench import __main__ as cli
-from bench import measure, registry, report
+from bench import measure, registry, report, roofline
 from bench.measure import Limits, Plan
 from bench.registry import OURS, Case, UnknownWorkloadError, Workload, WrongResultError
 
@@ -133,6 +133,23 @@ def test_report_survives_the_disk(tmp_path):
     assert "not timed: off by 3" in text
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_roofline_of_few_rows(tmp_path, count):
+    done = report.row(registry.run(workload(), CPU, PLAN), LIMITS)
+    failed = report.failed_row(workload("toy.wrong"), "off by 3")
+    roofline.plot(report.report([failed, *[done] * count], PLAN), tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_yardstick_says_how_far_off_a_peer_may_be():
+    case = build(CPU, wrong=0.1)
+    x = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    rough = dataclasses.replace(case, peers={**case.peers, "rough": [lambda: (x @ x) * 0.93]}, yardstick="rough")
+    registry.check(rough)
+    with pytest.raises(WrongResultError, match=r"mllm_fast is off by .*, upstream itself by"):
+        registry.check(dataclasses.replace(rough, yardstick="upstream"))
+
+
 def test_comparison_tells_a_change_from_noise():
     rows = [report.row(registry.run(workload(), CPU, PLAN), LIMITS)]
     old = report.report(rows, PLAN)
@@ -159,7 +176,14 @@ def test_command_line(toys, tmp_path, capsys, monkeypatch):
     assert "toy.right" in capsys.readouterr().out
 
     assert cli.main(["right", "--quick", "--device", "cpu", "--out", str(tmp_path / "r.json")]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"r.json", "r.png"}
+    plots = [tmp_path / "r.png", tmp_path / "r_roofline.png"]
+    assert set(tmp_path.iterdir()) == {tmp_path / "r.json", *plots}
+    for path in plots:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        path.unlink()
+    assert cli.main(["--plot", str(tmp_path / "r.json")]) == 0
+    assert all(path.exists() for path in plots)
+    assert cli.main(["--plot", str(tmp_path / "none.json")]) == 2
     assert cli.main(["--compare", str(tmp_path / "r.json"), str(tmp_path / "r.json")]) == 0
 
     assert cli.main(["wrong", "--quick", "--device", "cpu"]) == 1

@@ -108,7 +108,12 @@ def t5() -> T5Config:
 
 def _options(language: str, **qformer: Any) -> dict[str, Any]:
     text = opt() if language == "opt" else t5()
-    return {"vision_config": dict(VISION), "qformer_config": CONFIG | qformer, "text_config": text, "num_query_tokens": QUERIES}
+    return {
+        "vision_config": dict(VISION),
+        "qformer_config": CONFIG | qformer,
+        "text_config": text,
+        "num_query_tokens": QUERIES,
+    }
 
 
 def retrieval(seed: int = 0, **qformer: Any) -> Blip2ForImageTextRetrieval:
@@ -141,7 +146,11 @@ def prompt(name: str, seed: int = 0, *, padded: bool = False, frames: int = 2) -
         ids[1] = torch.cat((torch.full((3,), 1), ids[1, :-3]))
         mask[1, :3] = 0
     shape = (2, frames, 3, 28, 28) if name == "instructblipvideo" else (2, 3, 28, 28)
-    inputs = {"pixel_values": torch.randn(shape, generator=g, dtype=torch.float64), "input_ids": ids, "attention_mask": mask}
+    inputs = {
+        "pixel_values": torch.randn(shape, generator=g, dtype=torch.float64),
+        "input_ids": ids,
+        "attention_mask": mask,
+    }
     if name != "blip2":
         drawn = draw(seed, 2)
         inputs |= {"qformer_input_ids": drawn["ids"], "qformer_attention_mask": drawn["text_mask"]}

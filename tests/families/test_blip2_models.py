@@ -58,7 +58,9 @@ def test_generation_equals_upstream(name: str, language: str, how: dict[str, Any
         for model in (fused, upstream):
             torch.manual_seed(0)
             given = prompt(name, 1, padded=padded)
-            results.append(model.generate(**given, max_new_tokens=6, output_scores=True, return_dict_in_generate=True, **how))
+            results.append(
+                model.generate(**given, max_new_tokens=6, output_scores=True, return_dict_in_generate=True, **how)
+            )
         assert torch.equal(results[0].sequences, results[1].sequences)
         for ours, theirs in zip(results[0].scores, results[1].scores, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)

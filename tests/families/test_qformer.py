@@ -9,7 +9,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from instruments import Recorder, Results, assert_same, assert_within_twice, backward_results, check_precision, recording
+from instruments import (
+    Recorder,
+    Results,
+    assert_same,
+    assert_within_twice,
+    backward_results,
+    check_precision,
+    recording,
+)
 from torch import Tensor, nn
 from transformers import Blip2QFormerModel
 
@@ -248,7 +256,10 @@ def test_one_image_row_is_projected_however_many_sequences_read_it() -> None:
         assert [g.m for g in record.gemms if g.k == IMAGE] == [2 * TOKENS]
         copied = given | {"encoder_hidden_states": image[rows], "encoder_attention_mask": torch.ones(6, TOKENS)}
         torch.testing.assert_close(twin(**given, **more)[0], model(**copied)[0], rtol=1e-4, atol=1e-4)
-    expanded = given | {"encoder_hidden_states": image[:1].expand(6, -1, -1), "encoder_attention_mask": torch.ones(6, TOKENS)}
+    expanded = given | {
+        "encoder_hidden_states": image[:1].expand(6, -1, -1),
+        "encoder_attention_mask": torch.ones(6, TOKENS),
+    }
     assert [g.m for g in projections(twin, expanded).gemms if g.k == IMAGE] == [TOKENS]
     torch.testing.assert_close(twin(**expanded)[0], model(**expanded)[0], rtol=1e-4, atol=1e-4)
 
@@ -331,7 +342,9 @@ def test_lora_hooks_and_subclasses_are_called() -> None:
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("path", ["encoder", "encoder.layer.1.attention.output", "encoder.layer.2.output_query.dropout"])
+@pytest.mark.parametrize(
+    "path", ["encoder", "encoder.layer.1.attention.output", "encoder.layer.2.output_query.dropout"]
+)
 def test_a_hooked_container_runs_upstreams_path(path: str) -> None:
     model = BLIP2.build().double()
     twin, seen = fused(model), []
@@ -378,7 +391,9 @@ def test_names_copies_and_unfuse() -> None:
     assert isinstance(twin, Blip2QFormerModel)
     assert type(twin).__name__ == "Blip2QFormerModel"
     assert list(twin.state_dict()) == list(model.state_dict())
-    results = [run(BLIP2, "text", m, 0, torch.float64) for m in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin)), twin)]
+    results = [
+        run(BLIP2, "text", m, 0, torch.float64) for m in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin)), twin)
+    ]
     mllm_fast.unfuse(twin)
     results.append(run(BLIP2, "text", twin, 0, torch.float64))
     for result in results:

@@ -194,7 +194,7 @@ class Explicit(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Any]:
         return {"input_ids": input_ids}
 
-    def forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutputWithPast:
         image = self.image.repeat_interleave(len(input_ids) // len(self.image), 0)
         return CausalLMOutputWithPast(logits=self.reference.joint(input_ids, image))
 
@@ -227,7 +227,7 @@ def test_generation_reuses_what_contrast_made() -> None:
     given = batch()
     reference = Reference(upstream, model)
     image = model.encode_images(given["pixel_values"])
-    _, past = model._query_pass(model._images(None, image, None), keep=True)
+    _, past = model._query_pass(model._images(None, image), keep=True)
     hidden = model.generation_pass(past, given["input_ids"])
     scores = model.lm_head(hidden, reference.words())
     torch.testing.assert_close(scores, reference.joint(given["input_ids"], image), rtol=0, atol=1e-10)
@@ -302,13 +302,18 @@ def lavis_checkpoint(model: Blip2Stage1, tower: bool) -> dict[str, Tensor]:
     state["query_tokens"], state["temp"] = r.query_tokens, model.temperature
     parts = {"vision_proj": r.vision_projection, "text_proj": r.text_projection, "itm_head": r.itm_head}
     parts |= {f"{bert}embeddings.LayerNorm": r.qformer.layernorm, "ln_vision": r.vision_model.post_layernorm}
-    parts |= {f"{bert}embeddings.{n}_embeddings": getattr(r.embeddings, f"{n}_embeddings") for n in ("word", "position")}
+    parts |= {
+        f"{bert}embeddings.{n}_embeddings": getattr(r.embeddings, f"{n}_embeddings") for n in ("word", "position")
+    }
     for i, layer in enumerate(r.qformer.encoder.layer):
         at = f"{bert}encoder.layer.{i}."
         for name in ("attention", "crossattention") if layer.has_cross_attention else ("attention",):
             branch = getattr(layer, name)
             parts |= {f"{at}{name}.self.{p}": getattr(branch.attention, p) for p in ("query", "key", "value")}
-            parts |= {f"{at}{name}.output.dense": branch.output.dense, f"{at}{name}.output.LayerNorm": branch.output.LayerNorm}
+            parts |= {
+                f"{at}{name}.output.dense": branch.output.dense,
+                f"{at}{name}.output.LayerNorm": branch.output.LayerNorm,
+            }
         for suffix in ("", "_query"):
             up, down = getattr(layer, f"intermediate{suffix}"), getattr(layer, f"output{suffix}")
             parts |= {f"{at}intermediate{suffix}.dense": up.dense, f"{at}output{suffix}.dense": down.dense}
@@ -329,7 +334,11 @@ def lavis_checkpoint(model: Blip2Stage1, tower: bool) -> dict[str, Tensor]:
             q, k, v = layer.self_attn.qkv.bias.detach().chunk(3)
             k.zero_()
             state |= {f"{at}attn.q_bias": q, f"{at}attn.v_bias": v}
-            parts |= {f"{at}attn.proj": layer.self_attn.projection, f"{at}mlp.fc1": layer.mlp.fc1, f"{at}mlp.fc2": layer.mlp.fc2}
+            parts |= {
+                f"{at}attn.proj": layer.self_attn.projection,
+                f"{at}mlp.fc1": layer.mlp.fc1,
+                f"{at}mlp.fc2": layer.mlp.fc2,
+            }
             parts |= {f"{at}norm1": layer.layer_norm1, f"{at}norm2": layer.layer_norm2}
     for name, part in parts.items():
         state |= {f"{name}.{p}": value for p, value in part.named_parameters()}
