@@ -217,6 +217,14 @@ def _print_audit(rows: Sequence[Row]) -> None:
     console.print(table)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("bench") is None or importlib.util.find_spec("bench.registry") is None:
+        raise CommandError("the benchmarks come with the sources and are not installed; run this in a checkout")
+    from bench.__main__ import main as bench
+
+    return bench(args.rest, prog="mllm-fast bench")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -225,18 +233,23 @@ def _positive(text: str) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name, one line of help, what declares its arguments, and what runs it (returns the status)."""
+    """A subcommand: its name, one line of help, what declares its arguments, and what runs it (returns the status).
+
+    With `passes_on`, arguments that it does not declare, --help among them, are for another parser: `args.rest`.
+    """
 
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    passes_on: bool = False
 
 
 COMMANDS = (
     Command("info", "devices, versions, and which implementation runs each op here", _info_arguments, _info),
     Command("demo", "every supported system on real photographs, then a real fine-tuning run", _demo_arguments, _demo),
     Command("audit", "compile every kernel for other GPUs, and look for what makes one slow", _audit_arguments, _audit),
+    Command("bench", "measure every block against its peers, side by side", lambda parser: None, _bench, True),
     Command("generate", "caption images with a model that was trained here", _generate_arguments, _generate),
 )
 
@@ -255,15 +268,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=command.help, add_help=not command.passes_on
+        )
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, passes_on=command.passes_on)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own by default) and return its exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and not args.passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
     except KeyboardInterrupt:

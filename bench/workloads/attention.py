@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -193,16 +194,32 @@ def _xformers(shape: Shape) -> Attend:
     return attend
 
 
-def _peers(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Attend]]:
+def _peers(shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool) -> Iterator[tuple[str, Attend]]:
     yield SDPA, _sdpa(shape, device)
     yield OURS, _ours(shape, device)
     yield EAGER, _eager(shape, dtype, device)
     if device.type == "cuda":
+        torch.compiler.reset()  # else the compilations of earlier workloads count against the limit for one function
         yield COMPILED, _eager(shape, dtype, device, compiled=True)
         yield FLEX, _flex(shape, device)
-        # With a mask, xformers takes what SDPA takes: a dense one.
-        if not shape.images and importlib.util.find_spec("xformers") is not None:
+        # With a mask, xformers takes what SDPA takes: a dense one. It has no backward for GQA.
+        served = not shape.images and not (backward and shape.heads != shape.key_heads)
+        if served and importlib.util.find_spec("xformers") is not None:
             yield XFORMERS, _xformers(shape)
+
+
+def _serves(name: str, attend: Attend, inputs: Inputs, grad: Tensor) -> bool:
+    """Whether a peer that promises less than all shapes can serve this one; if not, says so."""
+    try:
+        if inputs[0].requires_grad:
+            _gradients(attend, inputs, grad)
+        else:
+            attend(inputs)
+    except Exception as error:  # of a compiler or a library: any
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"not measured: {name} ({type(error).__name__}: {reason})", stacklevel=2)
+        return False
+    return True
 
 
 def _gradients(attend: Attend, inputs: Inputs, grad: Tensor) -> Sequence[Tensor]:
@@ -220,7 +237,11 @@ def build(device: torch.device, *, shape: Shape, dtype: torch.dtype, backward: b
     inputs = [_inputs(shape, dtype, device, backward) for _ in range(copies)]
     grads = [torch.randn_like(given[0]) for given in inputs]
     wide = tuple(x.detach().to(WIDER[dtype]).requires_grad_(backward) for x in inputs[0])
-    attends = dict(_peers(shape, dtype, device))
+    attends = {
+        name: attend
+        for name, attend in _peers(shape, dtype, device, backward)
+        if name in (SDPA, OURS, EAGER) or _serves(name, attend, inputs[0], grads[0])
+    }
     exactly = _sdpa(shape, device)
     if not backward:
         calls = {name: [functools.partial(attend, given) for given in inputs] for name, attend in attends.items()}

@@ -8,7 +8,7 @@ busy one; below 16 rows tl.dot has no smaller tile.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -60,13 +60,23 @@ def precision(arch: Arch, dtype: torch.dtype) -> str:
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
 
-def _block_of_image(BN: int, tokens: int | None) -> int:
+@dataclass(frozen=True)
+class Media:
+    """What a configuration depends on of a media mask: keys of an image, and 64-bit words a row."""
+
+    tokens: int
+    words: int
+
+
+def _fit(config: Config, media: Media | None) -> Config:
     """With media, a block of keys lies within one image: no wider than that."""
-    return BN if tokens is None else min(BN, max(16, triton.next_power_of_2(tokens)))
+    if media is None:
+        return config
+    return replace(config, BN=min(config.BN, max(16, triton.next_power_of_2(media.tokens))))
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsize: int, tokens: int | None) -> Config:
+def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsize: int, media: Media | None) -> Config:
     """For `attention_rows` forward.
 
     Args:
@@ -75,60 +85,64 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
         tiles_of_128: how many programs there would be with 128 rows each.
         width: the head dimension.
         itemsize: bytes of an element.
-        tokens: keys of one image, with a media mask.
+        media: of the media mask, if there is one.
     """
-    wide = sum(split_width(width))
+    first, second = split_width(width)
+    wide = first + second
     if itemsize == 4:
-        return _fp32_config(arch, rows, wide, tokens)
-    stages = 1 if arch == "gfx942" and wide > 128 else 3 if arch != "gfx942" and wide <= 64 else 2
+        return _fit(_fp32_config(arch, rows, wide), media)
+    if arch == "gfx942":
+        stages = 1 if wide > 128 else 2
+    elif arch == "sm_90":
+        stages = 3 if wide <= 128 else 2
+    else:
+        stages = 3 if wide <= 64 else 2
     if rows <= 32:
-        BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 128 else 32, 4
+        BM, BN, warps = 16 if rows <= 16 else 32, 32 if wide > 128 or (second and rows > 16) else 64, 4
     elif wide > 128:
         BM, BN, warps = 64, 32, 8
-    elif rows > 64 and tiles_of_128 >= PROCESSORS[arch] and tokens is None:
-        # With media, a tile of more rows sees more images, of which each row sees few.
+    elif rows > 64 and tiles_of_128 >= PROCESSORS[arch] and media is None:
         BM, BN, warps = 128, 64 if wide <= 64 or arch == "sm_90" else 32, 8
     else:
-        BM, BN, warps = 64, 64 if wide <= 64 or arch == "sm_90" else 32, 4
-    if arch == "sm_90" and wide <= 128:
-        stages = 3
-    return Config(BM, _block_of_image(BN, tokens), warps, stages)
+        # With media, a tile of more rows sees more images, of which each row sees few.
+        crowded = media is not None and (wide > 64 or media.words > 1)
+        BM, BN, warps = 64, 32 if crowded or (wide > 64 and arch != "sm_90") else 64, 4
+    return _fit(Config(BM, BN, warps, stages), media)
 
 
 @functools.lru_cache(maxsize=4096)
-def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, tokens: int | None) -> Config:
+def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, media: Media | None) -> Config:
     """For `attention_rows` backward (dQ); arguments as for `forward_config`."""
     wide = sum(split_width(width))
     if itemsize == 4:
-        return _fp32_config(arch, rows, wide, tokens)
+        return _fit(_fp32_config(arch, rows, wide), media)
     stages = 1 if arch == "gfx942" else 2
     if rows <= 32 or wide > 128:
         BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 64 else 32, 4 if wide <= 128 else 8
-    elif arch == "sm_90":
-        BM, BN, warps = 64, 64, 4 if wide <= 64 else 8
     else:
-        BM, BN, warps = 64, 32, 4 if wide <= 64 else 8
-    return Config(BM, _block_of_image(BN, tokens), warps, stages)
+        BM, BN, warps = 64, 64 if arch == "sm_90" else 32, 4 if wide <= 64 else 8
+    return _fit(Config(BM, BN, warps, stages), media)
 
 
 @functools.lru_cache(maxsize=4096)
-def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, tokens: int | None) -> Config:
+def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, media: Media | None) -> Config:
     """For `attention_keys` (dK and dV); `rows` are those of one batch row and key head."""
     wide = sum(split_width(width))
     if itemsize == 4:
-        return Config(16, _block_of_image(16 if wide > 64 else 32, tokens), 4 if wide <= 64 else 8, 1)
+        BN = 32 if wide <= 64 and media is None else 16
+        return _fit(Config(16, BN, 4 if wide <= 64 else 8, 1), media)
     # Two accumulators of [BN, D] stay in registers: with tiles of more rows, it spills.
     stages = 1 if arch == "gfx942" else 2
-    BM = 16 if rows <= 16 or wide > 128 or (arch == "sm_80" and wide > 64) else 32
+    few = rows <= 16 or wide > 128 or (wide > 64 and (arch == "sm_80" or media is not None))
     BN = 32 if wide > 128 or (arch == "sm_80" and wide <= 64) else 64
-    return Config(BM, _block_of_image(BN, tokens), 4 if wide <= 64 else 8, stages)
+    return _fit(Config(16 if few else 32, BN, 4 if wide <= 64 else 8, stages), media)
 
 
-def _fp32_config(arch: Arch, rows: int, wide: int, tokens: int | None) -> Config:
+def _fp32_config(arch: Arch, rows: int, wide: int) -> Config:
     """Of `attention_rows` in fp32: exact products on tensor cores take three times the registers."""
-    BM = 16 if rows <= 16 or wide > 64 else 32
-    stages = 1 if arch == "gfx942" or wide > 128 else 2
-    return Config(BM, _block_of_image(32 if wide <= 64 else 16, tokens), 4 if wide <= 128 else 8, stages)
+    if wide <= 64:
+        return Config(16, 32, 4, 1 if arch == "gfx942" else 2)
+    return Config(16, 16, 4, 1)
 
 
 def splits_for(arch: Arch, programs: int, keys: int, images: int, BN: int) -> int:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..tile import split_width
 from . import configs
-from .configs import Config
+from .configs import Config, Media
 from .triton_keys import attention_keys
 from .triton_rows import attention_combine, attention_rows
 
 # Few rows: those of all batch rows that read one key row share a tile.
 PACKED_ROWS = 16
 MAX_HEAD_DIM = 256
+# Exact fp32 products on tensor cores keep a row of q in registers twice: wider rows spill.
+MAX_HEAD_DIM_FP32 = 128
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,13 +70,13 @@ def forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    arch, tokens = configs.arch_of(q.device), _tokens(settings)
+    arch, media = configs.arch_of(q.device), _media(settings)
     group = heads // key_heads
     pack = _pack(q, k, extra_k, settings)
     rows, clusters = queries * group * pack, batch // pack
     if config is None:
         tiles = triton.cdiv(rows, 128) * key_heads * clusters
-        config = configs.forward_config(arch, rows, tiles, width, q.element_size(), tokens)
+        config = configs.forward_config(arch, rows, tiles, width, q.element_size(), media)
     programs = triton.cdiv(rows, config.BM) * key_heads * clusters
     if splits is None:
         splits = configs.splits_for(arch, programs, keys, settings.images, config.BN)
@@ -119,12 +121,12 @@ def backward(
         return dq, torch.zeros_like(k), torch.zeros_like(v), zeros[0], zeros[1]
     if grad.stride(3) != 1:
         grad = grad.contiguous()
-    arch, tokens = configs.arch_of(q.device), _tokens(settings)
+    arch, media = configs.arch_of(q.device), _media(settings)
     group = heads // key_heads
     pack = _pack(q, k, extra_k, settings)
     rows = queries * group * pack
     if query_config is None:
-        query_config = configs.query_gradient_config(arch, rows, width, q.element_size(), tokens)
+        query_config = configs.query_gradient_config(arch, rows, width, q.element_size(), media)
     delta = torch.empty_like(lse)
     with _device(q):
         programs = triton.cdiv(rows, query_config.BM) * key_heads * (batch // pack)
@@ -219,7 +221,7 @@ def _launch_keys(
     group = heads // key_heads
     if config is None:
         config = configs.key_gradient_config(
-            arch, queries * group, width, q.element_size(), s.tokens if words else None
+            arch, queries * group, width, q.element_size(), _media(s) if words else None
         )
     blocks = s.images * triton.cdiv(s.tokens, config.BN) if words else triton.cdiv(keys, config.BN)
     attention_keys[(blocks * key_heads * key_rows,)](
@@ -279,8 +281,8 @@ def _eights(q: Tensor, *others: Tensor | None) -> bool:
     return q.shape[3] % 16 == 8 and all(x is None or x.stride(2) % 8 == 0 for x in (q, *others))
 
 
-def _tokens(s: Settings) -> int | None:
-    return s.tokens if s.images else None
+def _media(s: Settings) -> Media | None:
+    return Media(s.tokens, triton.cdiv(s.images, 64)) if s.images else None
 
 
 def _keep_scale(dropout_p: float) -> float:

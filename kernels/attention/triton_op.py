@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import triton_launch
 from .masks import Mask, MediaRanges
-from .triton_launch import MAX_HEAD_DIM, Settings
+from .triton_launch import MAX_HEAD_DIM, MAX_HEAD_DIM_FP32, Settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,8 +24,9 @@ def unsupported(q: Tensor) -> str | None:
     """Why the kernels cannot serve queries like `q` [B, Lq, H, D], or None where they can."""
     if q.dtype not in _DTYPES:
         return f"the Triton kernels of attention take fp32, bf16 and fp16, not {q.dtype}"
-    if q.shape[3] > MAX_HEAD_DIM:
-        return f"the Triton kernels of attention take head dimensions up to {MAX_HEAD_DIM}, not {q.shape[3]}"
+    most = MAX_HEAD_DIM_FP32 if q.dtype == torch.float32 else MAX_HEAD_DIM
+    if q.shape[3] > most:
+        return f"the Triton kernels of attention take head dimensions up to {most} in {q.dtype}, not {q.shape[3]}"
     return None
 
 

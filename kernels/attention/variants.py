@@ -87,7 +87,7 @@ FEATURES = (
 # fp16 compiles as bf16 does, to other instructions of the same cost; fp32 has tiles of its own.
 FULL = tuple(
     Case(f"{queries} queries, D {width}", queries, 256, width, heads=16, key_heads=16)
-    for width in (64, 128, 256)
+    for width in (64, 128)
     for queries in (16, 32)
 )
 GROUPS = ((BF16, TILES + FEATURES), (FP16, (FEATURES[0], FEATURES[10])), (FP32, (*FULL, FEATURES[3], FEATURES[10])))

@@ -33,10 +33,10 @@ def run(out_dir: Path, quick: bool = False) -> int:
     out_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with _offline_and_quiet():
+        from . import blip_systems, systems
         from .comparison import compare, draw, table
         from .digits import QUICK_SETTINGS, Settings, draw_strip, run_digits
         from .photographs import load_photographs
-        from .systems import FULL, QUICK, SYSTEMS
 
         def progress() -> Progress:
             columns = (
@@ -48,10 +48,10 @@ def run(out_dir: Path, quick: bool = False) -> int:
             return Progress(*columns, console=console)
 
         console.rule("1. Supported systems, unfused and fused")
-        size = QUICK if quick else FULL
+        size = systems.QUICK if quick else systems.FULL
         photographs = load_photographs(size.images)
         with progress() as bars:
-            comparisons = [compare(system, size, photographs, bars) for system in SYSTEMS]
+            comparisons = [compare(system, size, photographs, bars) for system in (*systems.SYSTEMS, *blip_systems.SYSTEMS)]
         console.print(table(comparisons))
         draw(comparisons, photographs, out_dir / "systems.png")
 

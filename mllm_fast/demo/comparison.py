@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def compare(system: System, size: Size, photographs: list[Photograph], progress:
     for case in cases:
         ids.append(case.generate(case.new_tokens, _no_tick))
         step("ids compared")
-    peaks = [peak_bytes(lambda case=case: case.generate(2, _no_tick)) for case in cases]
+    peaks = [peak_bytes(partial(case.generate, 2, _no_tick)) for case in cases]
     step("memory measured")
     clocks = [_Clock(), _Clock()]
     for _ in range(size.rounds):
@@ -188,21 +189,21 @@ def table(comparisons: list[Comparison]) -> Table:
     result = Table(
         title="Each cell: unfused, fused, ratio (fp32, random weights, real photographs)", title_justify="left"
     )
-    result.add_column("system")
+    result.add_column("system", no_wrap=True)
     for column in ("first token", "next token", "peak memory"):
         result.add_column(column, justify="right")
-    result.add_column("fused against unfused")
+    result.add_column("agreement")
     for c in comparisons:
         if c.unfused is None or c.fused is None:
             result.add_row(c.name, "", "", "", f"skipped: {c.skipped}", end_section=True)
             continue
         before, after = c.unfused, c.fused
         result.add_row(
-            f"{c.name}\n{c.images} images, {c.parameters / 1e6:.0f} M parameters",
+            f"{c.name}\n{c.images} images\n{c.parameters / 1e6:.0f} M parameters",
             _milliseconds(before.first_token, after.first_token),
             _milliseconds(before.next_token, after.next_token),
             f"{before.peak / 2**20:.1f} MiB\n{after.peak / 2**20:.1f} MiB\n{after.peak / max(before.peak, 1):.2f}x",
-            f"max error {c.error:.1e}\nrelative {c.relative:.1e}\n"
+            f"error {c.error:.0e}\nrelative {c.relative:.0e}\n"
             + (f"{c.new_tokens} ids equal" if c.same_ids else f"[red]{c.new_tokens} ids differ[/red]"),
             end_section=True,
         )
@@ -221,7 +222,8 @@ def draw(comparisons: list[Comparison], photographs: list[Photograph], path: Pat
     ran = [c for c in comparisons if c.unfused is not None and c.fused is not None]
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2])
+    above, below = halves
     above.suptitle("Photographs in the prompt")
     for axes, photograph in zip(above.subplots(1, len(photographs), squeeze=False)[0], photographs, strict=True):
         axes.imshow(square(photograph, 112))

@@ -164,7 +164,7 @@ def idefics(size: Size, photographs: list[Photograph]) -> Case:
     return Case(
         model,
         lambda: model(**inputs).logits,
-        lambda new, tick: model.generate(**inputs, **_greedy(new, tick)),
+        lambda new, tick: model.generate(**inputs, **greedy(new, tick)),
         len(photographs),
         size.new_tokens,
     )
@@ -214,7 +214,7 @@ def open_flamingo(size: Size, photographs: list[Photograph]) -> Case:
     return Case(
         model,
         lambda: model(pixels, ids, attention_mask=mask).logits,
-        lambda new, tick: model.generate(pixels, ids, attention_mask=mask, **_greedy(new, tick)),
+        lambda new, tick: model.generate(pixels, ids, attention_mask=mask, **greedy(new, tick)),
         len(photographs),
         size.new_tokens,
     )
@@ -251,13 +251,13 @@ def flamingo_pytorch(size: Size, photographs: list[Photograph]) -> Case:
 
 
 SYSTEMS = (
-    System("IDEFICS (transformers)", (), idefics),
-    System("OpenFlamingo over Llama", ("open_flamingo", "einops_exts"), open_flamingo),
+    System("IDEFICS", (), idefics),
+    System("OpenFlamingo", ("open_flamingo", "einops_exts"), open_flamingo),
     System("flamingo-pytorch", ("flamingo_pytorch", "einops_exts"), flamingo_pytorch),
 )
 
 
-def _greedy(new: int, tick: Tick) -> dict[str, Any]:
+def greedy(new: int, tick: Tick) -> dict[str, Any]:
     """Arguments of Hugging Face's `generate`."""
     from transformers import LogitsProcessorList
 

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class Captioner:
             stage.chmod(0o755)
             self.model.save_bridge(stage)
             (stage / CONFIG_FILE).write_text(json.dumps({"vision": self.model.vision_encoder.config}, indent=2) + "\n")
-            self.model.lm.save_pretrained(stage / LANGUAGE_MODEL_FOLDER)
+            with _no_progress_bars():
+                self.model.lm.save_pretrained(stage / LANGUAGE_MODEL_FOLDER)
             self.tokenizer.save_pretrained(stage / TOKENIZER_FOLDER)
             if taken:
                 old = stage.with_name(f"{stage.name}.old")
@@ -135,9 +137,24 @@ class Captioner:
                 f"no captioner in {folder}: {', '.join(missing)} missing; expected a folder such as `mllm-fast demo` writes"
             )
         vision = PatchEncoder(**json.loads((folder / CONFIG_FILE).read_text())["vision"])
-        lm = AutoModelForCausalLM.from_pretrained(folder / LANGUAGE_MODEL_FOLDER, local_files_only=True)
+        with _no_progress_bars():
+            lm = AutoModelForCausalLM.from_pretrained(folder / LANGUAGE_MODEL_FOLDER, local_files_only=True)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER_FOLDER, local_files_only=True)
         return cls(Flamingo.from_bridge(folder, lm, vision), tokenizer)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """For files that take a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def generate_captions(

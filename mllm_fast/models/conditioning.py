@@ -95,8 +95,11 @@ def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], conte
     return contextlib.nullcontext(), conditioned(snapshot)
 
 
-class LanguageModelHook:
-    """Forward pre-hook of the language model: which positions does this pass hold?"""
+class DecoderHook:
+    """Forward pre-hook of the module that holds the decoder layers: which positions does this pass hold?
+
+    It is not on the language model itself, which PEFT and others call by its `forward`, past its hooks.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -132,6 +135,8 @@ class LayerHook:
             )
         if conditioning is None or conditioning.channel is not self.channel:
             return None
+        if conditioning.visible is None:
+            raise RuntimeError("a decoder layer ran outside of its language model; call the whole language model")
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.checkpoint and torch.is_grad_enabled():
             hidden = checkpoint(self.block, hidden, conditioning.media, conditioning.visible, use_reentrant=False)
@@ -140,19 +145,26 @@ class LayerHook:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a Hugging Face language model, in order, found by the known attribute paths.
+def base_model(lm: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT wrapper, or `lm` itself."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def decoder(lm: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that holds the decoder layers of a Hugging Face language model, and the layers, by the known paths.
 
     Raises:
         ValueError: none of the paths leads to a list of layers.
     """
-    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    base = base_model(lm)
     for path in DECODER_LAYER_PATHS:
-        found: Any = base
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, nn.ModuleList):
-            return found
+        holder: Any = base
+        *outer, last = path.split(".")
+        for name in outer:
+            holder = getattr(holder, name, None)
+        layers = getattr(holder, last, None)
+        if isinstance(layers, nn.ModuleList):
+            return holder, layers
     raise ValueError(
         f"no decoder layers were found in {type(base).__name__}; looked for {', '.join(DECODER_LAYER_PATHS)}. "
         "Pass a Hugging Face causal language model, such as AutoModelForCausalLM gives"
@@ -161,7 +173,7 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
 
 def text_width(lm: nn.Module) -> int:
     """Width of the hidden states between the decoder layers."""
-    config: Any = lm.config
+    config: Any = base_model(lm).config
     for name in ("hidden_size", "d_model", "n_embd"):
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))

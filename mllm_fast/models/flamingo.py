@@ -25,10 +25,11 @@ from .bridge_file import read_bridge_config, read_bridge_weights, write_bridge
 from .conditioning import (
     Channel,
     Conditioning,
-    LanguageModelHook,
+    DecoderHook,
     LayerHook,
+    base_model,
     conditioned,
-    decoder_layers,
+    decoder,
     recompute_contexts,
     text_width,
 )
@@ -85,7 +86,7 @@ class Flamingo(nn.Module):
     def __init__(self, lm: nn.Module, vision_encoder: nn.Module, config: FlamingoConfig) -> None:
         super().__init__()
         self.config = config
-        layers = decoder_layers(lm)
+        holder, layers = decoder(lm)
         places = range(config.every - 1, len(layers), config.every) if config.every > 0 else range(0)
         if not places:
             raise ValueError(
@@ -117,10 +118,10 @@ class Flamingo(nn.Module):
         self._media_context = MediaContext()
         for block in self.blocks:
             block.share(self._media_context)
-        self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+        self._takes_positions = "position_ids" in inspect.signature(base_model(lm).forward).parameters
         self._channel = Channel()
         self._layer_hooks = [LayerHook(self._channel, block) for block in self.blocks]
-        self._handles = [lm.register_forward_pre_hook(LanguageModelHook(self._channel), with_kwargs=True)]
+        self._handles = [holder.register_forward_pre_hook(DecoderHook(self._channel), with_kwargs=True)]
         self._handles += [
             layers[place].register_forward_pre_hook(hook, with_kwargs=True)
             for place, hook in zip(places, self._layer_hooks, strict=True)

@@ -86,3 +86,28 @@ def test_backward_counts_more_work_than_forward():
     assert backward.shape == forward.shape
     assert backward.flops == 3.5 * forward.flops
     assert backward.nbytes == 3 * forward.nbytes
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_peers_that_a_gpu_adds(monkeypatch, shape, backward):
+    """On a CPU they run uncompiled: this shows that they compute the same, and what happens when one cannot."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    more = {attention.COMPILED: attention._eager(shape, torch.float32, CPU, compiled=True)}
+    if not backward:  # which FlexAttention lacks on a CPU
+        more[attention.FLEX] = attention._flex(shape, CPU)
+    peers = attention._peers
+
+    def fails(inputs):
+        raise RuntimeError("not for\nthis shape")
+
+    def all_peers(*arguments):
+        yield from peers(*arguments)
+        yield from more.items()
+        yield attention.XFORMERS, fails
+
+    monkeypatch.setattr(attention, "_peers", all_peers)
+    with torch.set_grad_enabled(backward):
+        with pytest.warns(UserWarning, match=r"not measured: xformers \(RuntimeError: not for this shape\)"):
+            case = attention.build(CPU, shape=shape, dtype=torch.float32, backward=backward)
+        assert set(registry.check(case)) == {attention.SDPA, OURS, attention.EAGER, *more}

@@ -180,6 +180,17 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["info"]) == 130
 
 
+def test_bench_gets_its_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["bench", "--list", "qformer"]) == 0
+    assert "attention.qformer" in capsys.readouterr().out
+    assert cli.main(["bench", "no-such-workload"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    assert "usage: mllm-fast bench" in capsys.readouterr().out
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    assert "run this in a checkout" in _fails(capsys, "bench")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])

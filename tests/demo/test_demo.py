@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,8 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    yield Finished(tmp_path_factory.mktemp("demo") / "out")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return Finished(tmp_path_factory.mktemp("demo") / "out")
 
 
 def test_it_succeeds_in_a_minute_of_one_core(finished: Finished) -> None:
@@ -54,7 +53,9 @@ def test_image_files_are_captioned(finished: Finished, tmp_path: Path) -> None:
     for i in range(20):
         pixels = (images[i, 0] * 255).round().byte().numpy()
         # As it comes, and as ink on paper at another size.
-        image = Image.fromarray(pixels if i % 2 else 255 - pixels).resize((8 + 24 * (i % 3),) * 2, Image.Resampling.NEAREST)
+        image = Image.fromarray(pixels if i % 2 else 255 - pixels).resize(
+            (8 + 24 * (i % 3),) * 2, Image.Resampling.NEAREST
+        )
         paths.append(tmp_path / f"{i}.png")
         image.save(paths[-1])
     said = generate_captions(finished.folder / "bridge", paths, None, max_new_tokens=8)

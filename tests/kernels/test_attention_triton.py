@@ -49,11 +49,11 @@ def check(leaves: list[Tensor], batch: int | None = None, **settings: Any) -> No
     mine, theirs = moved(leaves, torch.float32), [x.detach().double().requires_grad_() for x in leaves]
     results = []
     grad: Tensor | None = None
-    for run, given in ((on_triton, mine), (exact, theirs)):
-        q = given[0] if batch is None else given[0].expand(batch, -1, -1, -1)
-        out = run([q, *given[1:]], **settings)
+    for run, inputs in ((on_triton, mine), (exact, theirs)):
+        q = inputs[0] if batch is None else inputs[0].expand(batch, -1, -1, -1)
+        out = run([q, *inputs[1:]], **settings)
         grad = torch.randn(out.shape) if grad is None else grad
-        results.append([out, *gradients(out, given, grad.to(out))])
+        results.append([out, *gradients(out, inputs, grad.to(out))])
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours.cpu().double(), reference, rtol=1e-4, atol=2e-5)
 
@@ -80,7 +80,7 @@ def test_drawn_media_calls(call: tuple[list[Tensor], dict[str, Any]]) -> None:
     check(leaves, **settings)
 
 
-@pytest.mark.parametrize("size", [8, 40, 64, 72, 80, 88, 96, 112, 128, 160, 256])
+@pytest.mark.parametrize("size", [8, 40, 64, 72, 80, 88, 96, 112, 128])
 def test_head_dims(size: int) -> None:
     check([*random((2, 5, 4, size), (1, 37, 2, size), (1, 37, 2, size), (2, 3, 2, size), (2, 3, 2, size))])
 
@@ -143,8 +143,9 @@ def test_media_of_many_images(images: int) -> None:
     check(leaves, mask=Mask(media=MediaRanges(first, last, images, 1, "mean")))
 
 
-@pytest.mark.parametrize("size", [64, 96])
-@pytest.mark.parametrize("kind", ["all", "causal", "media", "two sources"])
+@pytest.mark.parametrize(
+    ("size", "kind"), [(64, "all"), (72, "causal"), (88, "media"), (96, "two sources"), (160, "causal"), (256, "media")]
+)
 def test_fp16_is_at_most_twice_as_wrong_as_sdpa(size: int, kind: str) -> None:
     leaves = [x.to(DEVICE, torch.float16).requires_grad_() for x in qkv(1, 40, 64, size=size)]
     settings: dict[str, Any] = {}
@@ -157,10 +158,10 @@ def test_fp16_is_at_most_twice_as_wrong_as_sdpa(size: int, kind: str) -> None:
     grad = torch.randn(1, 40, 2, size).half()
     wide, narrow = ([x.detach().cpu().to(t).requires_grad_() for x in leaves] for t in (torch.float32, torch.float16))
     results = []
-    for run, given in ((on_triton, leaves), (exact, narrow), (exact, wide)):
-        out = run(given, **settings)
-        assert out.dtype == given[0].dtype
-        results.append([x.cpu() for x in (out, *gradients(out, given, grad.to(out)))])
+    for run, inputs in ((on_triton, leaves), (exact, narrow), (exact, wide)):
+        out = run(inputs, **settings)
+        assert out.dtype == inputs[0].dtype
+        results.append([x.cpu() for x in (out, *gradients(out, inputs, grad.to(out)))])
     for ours, theirs, reference in zip(*results, strict=True):
         assert (ours - reference).norm() <= 2 * (theirs - reference).norm()
         assert (ours - reference).abs().max() <= 2 * (theirs - reference).abs().max()
@@ -314,7 +315,8 @@ class TestSplits:
         check(leaves, mask=mask)
 
     @pytest.mark.parametrize(
-        ("programs", "keys", "images", "expected"), [(1, 6404, 4, 16), (64, 6404, 4, 4), (8, 64, 0, 1), (8, 33 * 64, 33, 1)]
+        ("programs", "keys", "images", "expected"),
+        [(1, 6404, 4, 16), (64, 6404, 4, 4), (8, 64, 0, 1), (8, 33 * 64, 33, 1)],
     )
     def test_choice(self, programs: int, keys: int, images: int, expected: int) -> None:
         assert configs.splits_for("sm_90", programs, keys, images, 64) == expected
@@ -414,7 +416,7 @@ class TestTraced:
 
 class TestChoice:
     def test_fp64_and_wide_heads_go_to_the_reference(self) -> None:
-        for x in (torch.randn(1, 2, 1, 8, dtype=torch.double), torch.randn(1, 2, 1, 264)):
+        for x in (torch.randn(1, 2, 1, 8).double(), torch.randn(1, 2, 1, 136), torch.randn(1, 2, 1, 264).half()):
             x = x.to(DEVICE)
             with runtime.backend("triton"), pytest.raises(runtime.BackendUnavailableError, match="the Triton kernels"):
                 attention(x, x, x)

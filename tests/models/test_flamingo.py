@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from mllm_fast.models import Flamingo
-from mllm_fast.models.conditioning import decoder_layers
 from tests.models.helpers import GREEDY, IMAGE, PAD, Vision, config, flamingo, language_model, prompts
 
 
@@ -109,6 +109,21 @@ def test_nothing_is_left_between_generations() -> None:
     assert torch.equal(model.lm(text).logits, alone)
 
 
+def test_generations_in_two_threads_do_not_meet() -> None:
+    model = flamingo()
+    ids, mask, images, image_mask = prompts()
+    runs = [(images, image_mask), (images.flip(0) + 1, torch.ones_like(image_mask))]
+
+    def generate(run: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return model.generate(ids, run[0], image_mask=run[1], attention_mask=mask, **GREEDY)
+
+    alone = [generate(run) for run in runs]
+    assert not torch.equal(*alone)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(generate, runs), alone, strict=True))
+
+
 def test_the_language_model_is_untouched() -> None:
     torch.manual_seed(0)
     lm = language_model()
@@ -126,8 +141,25 @@ def test_the_language_model_is_untouched() -> None:
     conditioned = model(media_token, torch.randn(2, 1, 2, 4, 3)).logits
     assert not torch.allclose(conditioned, lm(media_token).logits)
     model.detach_language_model()
-    assert not lm._forward_pre_hooks
-    assert all(not layer._forward_pre_hooks for layer in decoder_layers(lm))
+    assert not any(module._forward_pre_hooks for module in lm.modules())
+
+
+def test_a_language_model_inside_peft() -> None:
+    """PEFT calls its base model's forward past the hooks on it, and generates with the base model itself."""
+    peft = pytest.importorskip("peft")
+    plain = flamingo()
+    ids, mask, images, image_mask = prompts()
+    inputs = {"image_mask": image_mask, "attention_mask": mask}
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = Flamingo(peft.get_peft_model(copy.deepcopy(plain).detach_language_model(), lora), Vision(), config())
+    model.load_state_dict({**plain.bridge_state_dict(), **_prefixed(plain.vision_encoder)}, strict=False)
+    model.eval()
+    torch.testing.assert_close(model(ids, images, **inputs).logits, plain(ids, images, **inputs).logits)
+    assert torch.equal(model.generate(ids, images, **inputs, **GREEDY), plain.generate(ids, images, **inputs, **GREEDY))
+
+
+def _prefixed(vision: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"vision_encoder.{name}": value for name, value in vision.state_dict().items()}
 
 
 def test_two_models_over_one_language_model_do_not_meet() -> None:
