@@ -39,7 +39,8 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
         ]
         ours = name == OURS
         axes.scatter(
-            *zip(*points, strict=True),
+            [intensity for intensity, _ in points],
+            [rate for _, rate in points],
             s=44 if ours else 22,
             marker="*" if ours else "o",
             color=f"C{number % 10}",

@@ -139,7 +139,7 @@ def _generate(args: argparse.Namespace) -> int:
     for path in (args.model, *args.images):
         if not path.exists():
             raise CommandError(f"{path} does not exist")
-    from .models.flamingo import generate_captions
+    from .models.captioner import generate_captions
 
     captions = generate_captions(args.model, args.images, prompt=args.prompt, max_new_tokens=args.max_new_tokens)
     for image, caption in zip(args.images, captions, strict=True):
@@ -279,9 +279,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own by default) and return its exit status."""
     parser = build_parser()
-    args, args.rest = parser.parse_known_args(argv)
-    if args.rest and not args.passes_on:
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try:
         return int(args.run(args))
     except KeyboardInterrupt:

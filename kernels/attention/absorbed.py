@@ -50,7 +50,7 @@ def absorbed_attention(
     Raises:
         ValueError: shapes that do not fit.
     """
-    batch, length, heads, size = q.shape
+    batch, _, heads, size = q.shape
     wanted = (heads * size, x.shape[-1])
     if x.ndim != 3 or x.shape[0] != batch or key_weight.shape != wanted or value_weight.shape != wanted:
         raise ValueError(

@@ -30,17 +30,23 @@ IMAGES_SEEN = 4
 
 @dataclass(frozen=True)
 class Config:
-    """One launch: BM rows and BN keys a tile, and what Triton is told."""
+    """One launch: BM rows and BN keys a tile, and what Triton is told.
+
+    `registers` (NVIDIA): how many the assembler may give a thread. Left alone, it spills a few bytes for the sake of one
+    more resident block.
+    """
 
     BM: int
     BN: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """The keyword arguments of a launch that are not the kernel's own."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 @functools.cache
@@ -68,8 +74,10 @@ class Media:
     words: int
 
 
-def _fit(config: Config, media: Media | None) -> Config:
+def _fit(config: Config, arch: Arch, itemsize: int, media: Media | None) -> Config:
     """With media, a block of keys lies within one image: no wider than that."""
+    if config.num_warps == 4 and (arch == "sm_80" or (arch == "sm_90" and itemsize == 4)):
+        config = replace(config, registers=255)
     if media is None:
         return config
     return replace(config, BN=min(config.BN, max(16, triton.next_power_of_2(media.tokens))))
@@ -90,7 +98,7 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
     first, second = split_width(width)
     wide = first + second
     if itemsize == 4:
-        return _fit(_fp32_config(arch, rows, wide), media)
+        return _fit(_fp32_config(arch, wide), arch, itemsize, media)
     if arch == "gfx942":
         stages = 1 if wide > 128 else 2
     elif arch == "sm_90":
@@ -101,13 +109,15 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
         BM, BN, warps = 16 if rows <= 16 else 32, 32 if wide > 128 or (second and rows > 16) else 64, 4
     elif wide > 128:
         BM, BN, warps = 64, 32, 8
-    elif rows > 64 and tiles_of_128 >= PROCESSORS[arch] and media is None:
-        BM, BN, warps = 128, 64 if wide <= 64 or arch == "sm_90" else 32, 8
+    elif rows > 64 and tiles_of_128 >= PROCESSORS[arch] and media is None and (wide <= 64 or arch == "sm_90"):
+        BM, BN, warps = 128, 64, 8
     else:
         # With media, a tile of more rows sees more images, of which each row sees few.
-        crowded = media is not None and (wide > 64 or media.words > 1)
+        crowded = wide > 96 or (media is not None and (wide > 64 or media.words > 1))
         BM, BN, warps = 64, 32 if crowded or (wide > 64 and arch != "sm_90") else 64, 4
-    return _fit(Config(BM, BN, warps, stages), media)
+        if wide > 64 and arch == "sm_80":
+            warps = 8
+    return _fit(Config(BM, BN, warps, stages), arch, itemsize, media)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,13 +125,15 @@ def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, medi
     """For `attention_rows` backward (dQ); arguments as for `forward_config`."""
     wide = sum(split_width(width))
     if itemsize == 4:
-        return _fit(_fp32_config(arch, rows, wide), media)
+        return _fit(_fp32_config(arch, wide), arch, itemsize, media)
     stages = 1 if arch == "gfx942" else 2
     if rows <= 32 or wide > 128:
-        BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 64 else 32, 4 if wide <= 128 else 8
+        BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 64 else 32, 4 if wide <= 128 or arch == "gfx942" else 8
+    elif media is not None and media.words > 1:
+        BM, BN, warps = 64 if arch == "sm_90" else 32, 32, 4 if wide <= 64 else 8
     else:
         BM, BN, warps = 64, 64 if arch == "sm_90" else 32, 4 if wide <= 64 else 8
-    return _fit(Config(BM, BN, warps, stages), media)
+    return _fit(Config(BM, BN, warps, stages), arch, itemsize, media)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,15 +142,15 @@ def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, media:
     wide = sum(split_width(width))
     if itemsize == 4:
         BN = 32 if wide <= 64 and media is None else 16
-        return _fit(Config(16, BN, 4 if wide <= 64 else 8, 1), media)
+        return _fit(Config(16, BN, 4 if wide <= 64 else 8, 1), arch, itemsize, media)
     # Two accumulators of [BN, D] stay in registers: with tiles of more rows, it spills.
     stages = 1 if arch == "gfx942" else 2
     few = rows <= 16 or wide > 128 or (wide > 64 and (arch == "sm_80" or media is not None))
     BN = 32 if wide > 128 or (arch == "sm_80" and wide <= 64) else 64
-    return _fit(Config(16 if few else 32, BN, 4 if wide <= 64 else 8, stages), media)
+    return _fit(Config(16 if few else 32, BN, 4 if wide <= 64 else 8, stages), arch, itemsize, media)
 
 
-def _fp32_config(arch: Arch, rows: int, wide: int) -> Config:
+def _fp32_config(arch: Arch, wide: int) -> Config:
     """Of `attention_rows` in fp32: exact products on tensor cores take three times the registers."""
     if wide <= 64:
         return Config(16, 32, 4, 1 if arch == "gfx942" else 2)

@@ -149,12 +149,14 @@ def inference(q: Tensor, sources: list[tuple[Tensor, Tensor]], scale: float) -> 
             scores[..., offset : offset + k.shape[1]] = _unpack(packed, q_part, k).transpose(1, 2)
             offset += k.shape[1]
         p = scores.softmax(-1).transpose(1, 2)
-        offset, total = 0, None
+        offset = 0
+        total: Tensor | None = None
         for _, v in parts:
             product = torch.matmul(_pack(p[..., offset : offset + v.shape[1]], v), v.transpose(1, 2).contiguous())
             product = _unpack(product, q_part, v)
             total = product if total is None else total.add_(product)
             offset += v.shape[1]
+        assert total is not None, "there is at least one source"
         out[part] = total
     return out
 

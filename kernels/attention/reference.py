@@ -56,7 +56,7 @@ def infer(plan: Plan, q: Tensor, sources: tuple[Source, ...], scale: float, drop
     if dropout_p == 0.0 and len(plan.segments) == 1 and plan.covers:
         pieces = plan.segments[0].pieces
         if not any(piece.causal or piece.uniform for piece in pieces):
-            taken = [tuple(piece.keys.take(x) for x in sources[piece.source]) for piece in pieces]
+            taken = [(piece.keys.take(k), piece.keys.take(v)) for piece in pieces for k, v in [sources[piece.source]]]
             out = dense.inference(q, taken, scale)
             if out is not None:
                 return out

@@ -230,8 +230,8 @@ def _launch_keys(
         queries, keys, key_base or 0, key_heads, group, fold, s.prefix, s.images, s.tokens,
         s.scale, s.dropout_p, _keep_scale(s.dropout_p), s.seed,
         CAUSAL=s.causal and first, UNIFORM=first and _uniform(s, extra_k), DROPOUT=s.dropout_p > 0, IMAGE_WORDS=words,
-        EIGHTS=_eights(q, k, v, grad), D=width, D0=D0, D1=D1, BM=config.BM, BN=config.BN, PRECISION=configs.precision(arch, q.dtype),
-        **config.options,
+        EIGHTS=_eights(q, k, v, grad), D=width, D0=D0, D1=D1, BM=config.BM, BN=config.BN,
+        PRECISION=configs.precision(arch, q.dtype), **config.options,
     )  # fmt: skip
     return dk, dv
 

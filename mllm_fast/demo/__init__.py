@@ -32,7 +32,7 @@ def run(out_dir: Path, quick: bool = False) -> int:
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with _offline_and_quiet():
+    with _offline_and_quiet(), _one_thread():
         from . import blip_systems, systems
         from .comparison import compare, draw, table
         from .digits import QUICK_SETTINGS, Settings, draw_strip, run_digits
@@ -51,7 +51,9 @@ def run(out_dir: Path, quick: bool = False) -> int:
         size = systems.QUICK if quick else systems.FULL
         photographs = load_photographs(size.images)
         with progress() as bars:
-            comparisons = [compare(system, size, photographs, bars) for system in (*systems.SYSTEMS, *blip_systems.SYSTEMS)]
+            comparisons = [
+                compare(system, size, photographs, bars) for system in (*systems.SYSTEMS, *blip_systems.SYSTEMS)
+            ]
         console.print(table(comparisons))
         draw(comparisons, photographs, out_dir / "systems.png")
 
@@ -93,6 +95,19 @@ def run(out_dir: Path, quick: bool = False) -> int:
 
 def _verdict(ok: bool) -> str:
     return "[green]yes[/green]" if ok else "[red]NO[/red] "
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Two threads wait for each other at every operation, which on a busy machine takes longer than the work itself."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .photographs import Photograph, to_tensor
 from .systems import BOS, EOS, IMAGE, PAD, VOCABULARY, Case, Size, System, Tick, greedy, prompt, randomise
@@ -152,7 +152,7 @@ def _prompted(size: Size, photographs: list[Photograph], tokens: int) -> dict[st
     return {"pixel_values": _last(size, photographs), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _case(model: nn.Module, inputs: dict[str, Tensor], size: Size, beams: int = 1) -> Case:
+def _case(model: Any, inputs: dict[str, Tensor], size: Size, beams: int = 1) -> Case:
     randomise(model.eval())
     text = inputs.get("input_ids", torch.tensor([[BOS]]))
     forward: Callable[[], Tensor] = lambda: model(**{**inputs, "input_ids": text}).logits  # noqa: E731

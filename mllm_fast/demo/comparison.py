@@ -186,9 +186,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 def table(comparisons: list[Comparison]) -> Table:
     """The comparisons for people to read."""
-    result = Table(
-        title="Each cell: unfused, fused, ratio (fp32, random weights, real photographs)", title_justify="left"
-    )
+    result = Table(title="Each cell: unfused, fused, ratio (fp32, one thread, random weights)", title_justify="left")
     result.add_column("system", no_wrap=True)
     for column in ("first token", "next token", "peak memory"):
         result.add_column(column, justify="right")
@@ -199,7 +197,7 @@ def table(comparisons: list[Comparison]) -> Table:
             continue
         before, after = c.unfused, c.fused
         result.add_row(
-            f"{c.name}\n{c.images} images\n{c.parameters / 1e6:.0f} M parameters",
+            _what(c),
             _milliseconds(before.first_token, after.first_token),
             _milliseconds(before.next_token, after.next_token),
             f"{before.peak / 2**20:.1f} MiB\n{after.peak / 2**20:.1f} MiB\n{after.peak / max(before.peak, 1):.2f}x",
@@ -208,6 +206,12 @@ def table(comparisons: list[Comparison]) -> Table:
             end_section=True,
         )
     return result
+
+
+def _what(c: Comparison) -> str:
+    """A cell: the system's name, its remark in brackets on a line of its own, and its size."""
+    name, images = c.name.replace(" (", "\n("), f"{c.images} image{'s' if c.images > 1 else ''}"
+    return f"{name}\n{images}\n{c.parameters / 1e6:.0f} M parameters"
 
 
 def _milliseconds(before: float, after: float) -> str:
@@ -230,16 +234,17 @@ def draw(comparisons: list[Comparison], photographs: list[Photograph], path: Pat
         axes.set_title(photograph.title, fontsize=8)
         axes.set_axis_off()
     panels = (
-        ("first token [ms]", lambda m: m.first_token * 1e3),
-        ("next token [ms]", lambda m: m.next_token * 1e3),
-        ("peak memory of tensors [MiB]", lambda m: m.peak / 2**20),
+        ("first token", lambda m: m.first_token * 1e3, "ms"),
+        ("next token", lambda m: m.next_token * 1e3, "ms"),
+        ("peak memory of tensors", lambda m: m.peak / 2**20, "MiB"),
     )
-    for axes, (title, value) in zip(below.subplots(1, len(panels)), panels, strict=True):
+    for axes, (title, value, unit) in zip(below.subplots(1, len(panels)), panels, strict=True):
         for offset, version, colour in ((-0.2, "unfused", "tab:gray"), (0.2, "fused", "tab:blue")):
-            heights = [value(getattr(c, version)) for c in ran]
+            values = [value(getattr(c, version)) for c in ran]
+            heights = [v / value(c.unfused) for v, c in zip(values, ran, strict=True)]
             bars = axes.bar([i + offset for i in range(len(ran))], heights, 0.4, label=version, color=colour)
-            axes.bar_label(bars, fmt="%.3g", fontsize=8)
-        axes.set_xticks(range(len(ran)), [c.name.replace(" ", "\n", 1) for c in ran], fontsize=8)
-        axes.set_title(title, fontsize=10)
+            axes.bar_label(bars, [f"{v:.0f} {unit}" if v >= 100 else f"{v:.3g} {unit}" for v in values], fontsize=8)
+        axes.set_xticks(range(len(ran)), [c.name for c in ran], fontsize=8)
+        axes.set_title(f"{title}, share of unfused", fontsize=10)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -282,6 +282,7 @@ def draw_strip(result: DigitsResult, path: Path, columns: int = 8) -> None:
     )
     for axes, i in zip(figure.subplots(3, columns).flat, shown, strict=False):
         axes.imshow(result.images[i, 0].numpy(), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(result.captions[i], fontsize=8, color="black" if right[i] else "tab:red")
+        said = result.captions[i] if right[i] else f"{result.captions[i]} (is {DIGITS[result.digits[i]]})"
+        axes.set_title(said, fontsize=8, color="black" if right[i] else "tab:red")
         axes.set_axis_off()
     figure.savefig(path, dpi=110)

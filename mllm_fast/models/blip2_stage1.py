@@ -142,13 +142,16 @@ class Blip2Stage1(nn.Module):
                 f"got {images.features.shape[0]} images and {pairs} texts; a step needs one text for each image, and at "
                 "least two pairs, of which each finds its negatives in the others"
             )
+        words, start = self._words(input_ids)
         queries, past = self._query_pass(images, keep=True)
-        similarity = self._similarity(queries, self._text_pass(input_ids, attention_mask, images.stacks))
+        similarity = self._similarity(queries, self._text_pass(words, attention_mask, images.stacks))
         itc = self._contrast(similarity)
         if negatives is None:
             negatives = self._draw_negatives(similarity.detach())
-        itm = self._match_with(images, input_ids, attention_mask, negatives)
-        itg = self._generate_loss(past, input_ids, attention_mask, images.stacks)
+        itm = self._match_with(images, words, attention_mask, negatives)
+        labels = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]
+        # The last token predicts nothing.
+        itg = self._generate_loss(past, torch.cat((start, words[:, 1:-1]), dim=1), labels, images.stacks)
         return {"loss": itc + itm + itg, "itc": itc, "itm": itm, "itg": itg}
 
     def similarity(
@@ -162,7 +165,8 @@ class Blip2Stage1(nn.Module):
         """Cosine similarity [I, B] of every image with every text, by the best query (`use_image_text_matching_head=False`)."""
         self._check_text(input_ids, attention_mask)
         images = self._images(pixel_values, features, once=True)
-        return self._similarity(self._query_pass(images)[0], self._text_pass(input_ids, attention_mask, None))
+        words = self.retrieval.embeddings(input_ids=input_ids)
+        return self._similarity(self._query_pass(images)[0], self._text_pass(words, attention_mask, None))
 
     def match(
         self,
@@ -182,7 +186,7 @@ class Blip2Stage1(nn.Module):
         """
         self._check_text(input_ids, attention_mask)
         images = self._images(pixel_values, features)
-        return self._match(images, input_ids, attention_mask, image_index)
+        return self._match(images, self.retrieval.embeddings(input_ids=input_ids), attention_mask, image_index)
 
     @torch.no_grad()
     def generate_text(
@@ -253,35 +257,35 @@ class Blip2Stage1(nn.Module):
         call = LayerCall(x.shape[1], absorbed=images.absorbed, keep=keep, stacks=images.stacks)
         return run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call)
 
-    def _text_pass(self, input_ids: Tensor, attention_mask: Tensor, stacks: Stacks | None) -> Tensor:
-        """The first row [B, D] of texts that see no image."""
-        x = self._embed(self.retrieval.embeddings(input_ids=input_ids))
+    def _words(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of texts [B, T, D], and of [DEC] in the place of their first token [B, 1, D]: one look-up a step."""
+        rows, length = input_ids.shape
+        ids = torch.cat((input_ids, input_ids.new_full((rows, 1), self.bos_token_id)), dim=1)
+        positions = torch.arange(length + 1, device=input_ids.device).fmod(length).unsqueeze(0)
+        words = self.retrieval.embeddings(input_ids=ids, position_ids=positions)
+        return words[:, :-1], words[:, -1:]
+
+    def _text_pass(self, words: Tensor, attention_mask: Tensor, stacks: Stacks | None) -> Tensor:
+        """The first row [B, D] of embedded texts [B, T, D] that see no image."""
+        x = self._embed(words)
         call = LayerCall(0, Mask(key_padding=attention_mask.bool()), stacks=stacks)
         none = [None] * len(self.retrieval.qformer.encoder.layer)
         return run_layers(self.retrieval.qformer, x, None, none, call, rows=1)[0][:, 0]
 
-    def _match(self, images: Images, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor | None) -> Tensor:
+    def _match(self, images: Images, words: Tensor, attention_mask: Tensor, image_index: Tensor | None) -> Tensor:
         """Matching scores [B, 2]: queries and text see each other, and the queries their image."""
-        queries = self._queries(input_ids.shape[0])
+        queries = self._queries(words.shape[0])
         count = queries.shape[1]
-        x = self._embed(self.retrieval.embeddings(input_ids=input_ids, query_embeds=queries))
+        x = self._embed(torch.cat((queries.to(words.dtype), words), dim=1))
         visible = F.pad(attention_mask.bool(), (count, 0), value=True)
         call = LayerCall(count, Mask(key_padding=visible), image_index=image_index, stacks=images.stacks)
         hidden, _ = run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call, rows=count)
         head = self.retrieval.itm_head
         return head(hidden.to(head.weight.dtype)).mean(dim=1)
 
-    def generation_pass(self, past: Sequence[Tensor], input_ids: Tensor, stacks: Stacks | None = None) -> Tensor:
-        """Causal text that sees the queries' keys and values, as all of them saw the image.
-
-        Args:
-            past: from a query pass, for each layer [B, Lq, 2 D].
-            input_ids: [B, T], [DEC] first.
-
-        Returns:
-            [B, T, D].
-        """
-        x = self._embed(self.retrieval.embeddings(input_ids=input_ids))
+    def _generation_pass(self, past: Sequence[Tensor], words: Tensor, stacks: Stacks | None = None) -> Tensor:
+        """Causal text [B, T, D], embedded, that sees the queries' keys and values, for each layer [B, Lq, 2 D]."""
+        x = self._embed(words)
         call = LayerCall(0, Mask(causal=True), past=True, stacks=stacks)
         return run_layers(self.retrieval.qformer, x, None, past, call)[0]
 
@@ -308,23 +312,21 @@ class Blip2Stage1(nn.Module):
         return image, text
 
     def _match_with(
-        self, images: Images, input_ids: Tensor, attention_mask: Tensor, negatives: tuple[Tensor, Tensor]
+        self, images: Images, words: Tensor, attention_mask: Tensor, negatives: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Cross entropy over (image, text), (wrong image, text) and (image, wrong text)."""
-        own = torch.arange(input_ids.shape[0], device=input_ids.device)
+        own = torch.arange(words.shape[0], device=words.device)
         wrong_image, wrong_text = negatives
         image_index, text_index = torch.cat((own, wrong_image, own)), torch.cat((own, own, wrong_text))
-        scores = self._match(images, input_ids[text_index], attention_mask[text_index], image_index)
+        # Neighbours whose texts are equally long have one mask, and the reference attention takes them together.
+        order = attention_mask.sum(dim=1)[text_index].argsort(stable=True)
+        image_index, text_index = image_index[order], text_index[order]
+        scores = self._match(images, words[text_index], attention_mask[text_index], image_index)
         return F.cross_entropy(scores, (image_index == text_index).long())
 
-    def _generate_loss(
-        self, past: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, stacks: Stacks | None
-    ) -> Tensor:
-        """Cross entropy of the next token, over the rows that have one; the last token is nobody's input."""
-        labels = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]
-        inputs = input_ids.clone()
-        inputs[:, 0] = self.bos_token_id
-        hidden = self.generation_pass(past, inputs[:, :-1], stacks)
+    def _generate_loss(self, past: Sequence[Tensor], words: Tensor, labels: Tensor, stacks: Stacks | None) -> Tensor:
+        """Cross entropy of the labels [B, T], over the rows of words [B, T, D] that have one."""
+        hidden = self._generation_pass(past, words, stacks)
         supervised = labels != IGNORED
         scores = self.lm_head(hidden[supervised], self.retrieval.embeddings.word_embeddings.weight)
         return F.cross_entropy(scores, labels[supervised], label_smoothing=self.label_smoothing)

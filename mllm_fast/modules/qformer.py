@@ -83,6 +83,7 @@ class QFormerLayerSpec:
 
     @property
     def width(self) -> int:
+        """Channels of all heads."""
         return self.heads * self.head_dim
 
 
@@ -310,7 +311,7 @@ def _both_ffns(layer: Layer, queries: Tensor, text: Tensor) -> Tensor:
     # Packed weights have no grouped form: one GEMM a group is what the op would do on a CPU anyway.
     if len(read) < 2 or None in read or len(drops) > 1 or layer.state.packs is not None:
         return torch.cat((_ffn(layer, queries, spec.query_ffn), _ffn(layer, text, spec.text_ffn)), dim=1)
-    ups, downs, norms = zip(*read, strict=True)  # type: ignore[arg-type]
+    ups, downs, norms = zip(*read, strict=True)
     hidden = ops.grouped_linear(
         (queries, text), [up.weight for up in ups], [up.bias for up in ups], activation=spec.activation, joined=False
     )

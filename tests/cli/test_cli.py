@@ -14,7 +14,7 @@ import torch
 
 from mllm_fast import __version__, cli
 from mllm_fast.kernels import runtime
-from mllm_fast.models import flamingo
+from mllm_fast.models import captioner
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -154,7 +154,7 @@ def test_generate_prints_a_line_per_image(
         assert path == model
         return [f"{prompt} {max_new_tokens} {image.name}" for image in images]
 
-    monkeypatch.setattr(flamingo, "generate_captions", generate_captions, raising=False)
+    monkeypatch.setattr(captioner, "generate_captions", generate_captions)
     command = ["generate", str(model), str(first), str(second), "--prompt", "a", "--max-new-tokens", "4"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out == f"{first}: a 4 1.png\n{second}: a 4 2.png\n"

@@ -72,7 +72,7 @@ def product_variants(architecture: Architecture) -> Iterator[Variant]:
         ("tf32", full, "tf32", (64, 64, 32), {"num_warps": 4, "num_stages": 2}),
         ("exact", full, "ieee", (32, 32, 32), {"num_warps": 4, "num_stages": 2}),
         ("exact, meant so", full, "ieee", (32, 64, 32), {"num_warps": 4, "num_stages": 2}),
-        ("much shared", half, "ieee", (128, 256, 64), {"num_warps": 8, "num_stages": 8}),
+        ("much shared", half, "ieee", (128, 128, 64), {"num_warps": 8, "num_stages": 9}),
         ("few registers", half, "ieee", (64, 128, 32), {"num_warps": 1, "num_stages": 2}),
     ):
         with recording(architecture) as launches:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mllm_fast.kernels.tile import bits_below, load_rows, lowest_bit, split_width, store_rows
-from tests.kernels.triton_device import DEVICE, needs_triton
+from tests.kernels.triton_device import DEVICE, require_triton
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-pytestmark = needs_triton
+require_triton()
 
 
 @triton.jit

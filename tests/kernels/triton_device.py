@@ -17,9 +17,11 @@ from mllm_fast.kernels import runtime
 INTERPRETING = runtime.interpreting()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 
-needs_triton = pytest.mark.skipif(
-    not INTERPRETING and DEVICE == "cpu", reason="no GPU; test_interpreter.py runs it in Triton's interpreter"
-)
+
+def require_triton() -> None:
+    """Skip the whole test module where Triton kernels cannot run."""
+    if not INTERPRETING and DEVICE == "cpu":
+        pytest.skip("no GPU; test_interpreter.py runs it in Triton's interpreter", allow_module_level=True)
 
 
 @pytest.fixture

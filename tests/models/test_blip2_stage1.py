@@ -228,7 +228,7 @@ def test_generation_reuses_what_contrast_made() -> None:
     reference = Reference(upstream, model)
     image = model.encode_images(given["pixel_values"])
     _, past = model._query_pass(model._images(None, image), keep=True)
-    hidden = model.generation_pass(past, given["input_ids"])
+    hidden = model._generation_pass(past, model.retrieval.embeddings(input_ids=given["input_ids"]))
     scores = model.lm_head(hidden, reference.words())
     torch.testing.assert_close(scores, reference.joint(given["input_ids"], image), rtol=0, atol=1e-10)
 
