@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,7 +137,12 @@ def build_stage1(device: torch.device, *, batch: int, dtype: torch.dtype) -> Cas
             "attention_probs_dropout_prob": 0.0,
         },
         text_config=OPTConfig(
-            vocab_size=100, hidden_size=64, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=64
+            vocab_size=100,
+            hidden_size=64,
+            ffn_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=64,
         ),
     )
     with device:
@@ -164,7 +170,8 @@ def build_stage1(device: torch.device, *, batch: int, dtype: torch.dtype) -> Cas
             step(ids, mask, features, shifted).backward()
         return step.model.query_tokens.grad.clone()
 
-    peers = {SEPARATE: [functools.partial(theirs, separate, features)], OURS: [ours]}
+    peers: dict[str, list[Callable[[], Tensor]]] = {SEPARATE: [functools.partial(theirs, separate, features)]}
+    peers[OURS] = [ours]
     return Case(peers, lambda: theirs(_wider(separate, dtype), features.to(WIDER[dtype])))
 
 
@@ -179,7 +186,9 @@ class SeparateObjectives(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, features: Tensor, negatives: tuple[Tensor, Tensor]) -> Tensor:
         m, q, batch = self.model, self.model.qformer, len(ids)
         kept: list[Tensor] = []
-        projections = [p for layer in q.encoder.layer for p in (layer.attention.attention.key, layer.attention.attention.value)]
+        projections = [
+            p for layer in q.encoder.layer for p in (layer.attention.attention.key, layer.attention.attention.value)
+        ]
         hooks = [p.register_forward_hook(lambda module, args, out: kept.append(out)) for p in projections]
         queries = m.query_tokens.expand(batch, -1, -1)
         seen = q(query_embeds=queries, encoder_hidden_states=features).last_hidden_state

@@ -105,7 +105,13 @@ _ENTRIES = (
         ("stacked_linear", "attention", "linear_residual", "norm_linear"),
     ),
     Entry("transformers.models.blip.modeling_blip_text.BlipTextModel", "blip_text", "FusedBlipTextModel", ()),
-    Entry("transformers.models.blip.modeling_blip_text.BlipTextLMHeadModel", "blip_text", "FusedBlipTextLMHeadModel", (), 1),
+    Entry(
+        "transformers.models.blip.modeling_blip_text.BlipTextLMHeadModel",
+        "blip_text",
+        "FusedBlipTextLMHeadModel",
+        (),
+        1,
+    ),
     Entry(
         "transformers.models.blip.modeling_blip_text.BlipTextLMPredictionHead",
         "blip_text",

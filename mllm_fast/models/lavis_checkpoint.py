@@ -99,8 +99,7 @@ def load_lavis(model: Blip2Stage1, checkpoint: str | Path | Mapping[str, Tensor]
         f"shape of {name}: the checkpoint has {tuple(converted[name].shape)}, the model has {tuple(own[name].shape)}"
         for name in sorted(converted.keys() & own.keys())
         if converted[name].numel() != own[name].numel()
-        or (converted[name].ndim > 0 < own[name].ndim
-        and converted[name].shape != own[name].shape)
+        or (converted[name].ndim > 0 < own[name].ndim and converted[name].shape != own[name].shape)
     ]
     if problems:
         raise LavisMismatchError("the LAVIS checkpoint does not fit this model:\n  " + "\n  ".join(problems))
