@@ -208,6 +208,8 @@ def encode(
         seen = _per_row(image_mask, image.shape[0], batch, image_index)
         cross_mask = None if seen is None else Mask(key_padding=seen.to(x.device, torch.bool))
         absorbed = image_index is None and absorbs(layers, x, image, query_length)
+        if absorbed and seen is not None and bool(seen.all()):
+            cross_mask = None  # absorbing is for CPUs, where reading a value costs nothing
         if not absorbed:
             projected = project_images(layers, model._mllm_fast, image)
     call = LayerCall(query_length, mask, cross_mask, image_index, absorbed=absorbed)
