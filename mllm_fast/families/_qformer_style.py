@@ -145,14 +145,15 @@ def runs_upstream(model: nn.Module, masks: tuple[Tensor | None, ...], kwargs: di
 def _hooked_inside(layer: nn.Module) -> bool:
     """Whether a child that the drop-in does not call does more than its class."""
     branches = [layer.attention, layer.crossattention] if layer.has_cross_attention else [layer.attention]
-    bypassed = [
-        part for branch in branches for part in (branch, branch.attention, branch.output, branch.output.dropout)
-    ]
-    for suffix in ("", "_query"):
-        if hasattr(layer, f"intermediate{suffix}"):
-            up, down = getattr(layer, f"intermediate{suffix}"), getattr(layer, f"output{suffix}")
-            bypassed += [up, up.intermediate_act_fn, down, down.dropout]
-    return any(hooked(module) for module in bypassed if isinstance(module, nn.Module))
+    outputs = [branch.output for branch in branches] + [layer.output_query]
+    ups = [layer.intermediate_query]
+    if (up := layer._modules.get("intermediate")) is not None:
+        ups.append(up)
+        outputs.append(layer.output)
+    bypassed = [*branches, *(branch.attention for branch in branches), *outputs, *ups]
+    bypassed += [output.dropout for output in outputs]
+    bypassed += [act for up in ups if isinstance(act := up.intermediate_act_fn, nn.Module)]
+    return any(map(hooked, bypassed))
 
 
 def hooked(module: nn.Module) -> bool:
@@ -240,10 +241,11 @@ def run_layers(
     """
     kept: list[Tensor] = []
     last = len(projected) - 1
+    by_features, by_projection = call, dataclasses.replace(call, projected=not call.past)
     for i, (layer, keys_values) in enumerate(zip(model.encoder.layer, projected, strict=True)):
-        own = dataclasses.replace(
-            call, projected=keys_values is not None and not call.past, rows=rows if i == last else None
-        )
+        own = by_features if keys_values is None else by_projection
+        if i == last and rows is not None:
+            own = dataclasses.replace(own, rows=rows)
         # What may need gradients goes by position, where reentrant checkpointing looks for it.
         source = image if keys_values is None and layer.has_cross_attention else keys_values
         x = layer(x, None, source, **{CALL: own})

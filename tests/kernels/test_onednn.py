@@ -1,4 +1,4 @@
-"""fp32 GEMMs through oneDNN equal F.linear's in values and derivatives, and are chosen only where they may be."""
+"""GEMMs that call oneDNN equal F.linear's in values and derivatives, and are chosen only where they may be."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ def test_values_and_gradients(bias: bool, strided: bool) -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.skipif(not onednn._has_bf16(), reason="oneDNN has no bf16 GEMM for this processor")
+def test_bf16_inference_adds_the_bias_inside_the_gemm() -> None:
+    x, w, b = (t.detach().bfloat16() for t in draw())
+    with CountOps() as counted:
+        y = reference.linear(x, w, b)
+    assert set(counted.counts) <= {"_linear_pointwise", "view"}
+    exact = F.linear(x.double(), w.double(), b.double())
+    ours, theirs = ((t - exact).square().mean().sqrt() for t in (y, F.linear(x, w, b)))
+    assert ours <= 1.1 * theirs
+
+
 @pytest.mark.usefixtures("_slow_mkl")
 def test_second_derivatives_and_frozen_weights() -> None:
     x, w, _ = draw()
@@ -69,7 +80,9 @@ def test_what_it_does_not_serve() -> None:
     x, w, b = (t.detach() for t in draw())
     assert onednn.serves(x, w, b)
     assert not onednn.serves(x.double(), w.double(), b.double())
-    assert not onednn.serves(x.bfloat16(), w.bfloat16(), b.bfloat16())
+    assert not onednn.serves(x.half(), w.half(), b.half())
+    assert not onednn.serves(x.bfloat16(), w.bfloat16(), None)
+    assert not onednn.serves(x.bfloat16().requires_grad_(), w.bfloat16(), b.bfloat16())
     assert not onednn.serves(x, w, b.double())
     assert not onednn.serves(x[:2], w, b)
     with torch.autocast("cpu", torch.bfloat16):
