@@ -82,6 +82,7 @@ audit: $(READY) ## compile every kernel without a GPU; ARGS="--arch sm_90" selec
 
 # Under nine minutes, for each step has its share of them. Every step runs, also after one that failed; the exit status
 # tells whether all went well. The results go to bench/results/<name of the GPU>/, the benchmarks' after every workload.
+# The last step lets the library choose by them; it needs no GPU, so that it can also be run where the results are kept.
 gpu: $(READY) ## run everything that needs a GPU
 	$(call require,pytest matplotlib)
 	@failed=; \
@@ -94,6 +95,7 @@ gpu: $(READY) ## run everything that needs a GPU
 	step 120 $(PY) -m mllm_fast.cli audit --arch native --processes $$(nproc); \
 	step 210 $(PY) -m bench --out $$results/bench.json; \
 	step 20 $(PY) -m bench --plot $$results/bench.json; \
+	step 10 $(PY) -m bench --record $$results/bench.json; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 clean: ## remove builds and caches, but not .venv

@@ -9,5 +9,5 @@ from setuptools import find_namespace_packages, setup
 
 setup(
     packages=find_namespace_packages(include=["mllm_fast*"], exclude=["*__pycache__*"]),
-    package_data={"mllm_fast": ["py.typed"]},
+    package_data={"mllm_fast": ["py.typed"], "mllm_fast.kernels.attention": ["measured.json"]},
 )

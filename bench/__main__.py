@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import report, roofline
+from . import record, report, roofline
 from .measure import QUICK, Limits, Plan, machine_limits
 from .registry import Result, UnknownWorkloadError, Workload, WrongResultError, find, run
 
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
             return 0
         if args.plot is not None:
             _print_written(console, _plots(report.load(args.plot), args.plot))
+            return 0
+        if args.record is not None:
+            console.print(record.update(report.load(args.record), args.record))
             return 0
         chosen = find(args.workload)
     except (UnknownWorkloadError, report.ReportFileError) as error:
@@ -116,6 +119,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=_json, metavar="FILE.json", help="write the results, and plots beside them")
     parser.add_argument("--plot", type=Path, metavar="FILE.json", help="draw the plots of a result file and stop")
+    parser.add_argument("--record", type=Path, metavar="FILE.json", help="let the library choose between its attention "
+                        "kernels, SDPA and xformers by what this result file measured, on GPUs like its own")  # fmt: skip
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two result files and stop"
     )

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from mllm_fast.kernels.launch import device_architecture
+
 from .measure import Limits, Plan
 from .registry import Result, Workload
 
@@ -112,7 +114,12 @@ def _machine() -> dict[str, Any]:
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = None
     if torch.cuda.is_available():
-        gpu = {"name": torch.cuda.get_device_name(), "count": torch.cuda.device_count(), "cuda": torch.version.cuda}
+        gpu = {
+            "name": torch.cuda.get_device_name(),
+            "architecture": device_architecture(),
+            "count": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+        }
     return {
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import runtime
+from . import runtime, target
 
 # What a launch may pass to the compiler, besides the kernel's arguments.
 _OPTIONS = (
@@ -165,7 +165,7 @@ def recording(architecture: Architecture) -> Iterator[list[Variant]]:
     """Collect the launches of the `with` block instead of compiling and running them. Not for several threads at once.
 
     Args:
-        architecture: what the launches are meant for.
+        architecture: what the launches are meant for: meta tensors count as lying on such a GPU.
 
     Raises:
         RuntimeError: the kernels were imported under TRITON_INTERPRET=1, which leaves nothing to compile.
@@ -191,7 +191,8 @@ def recording(architecture: Architecture) -> Iterator[list[Variant]]:
     driver.set_active(_NoDevice(architecture))
     knobs.jit_cache_hook = record
     try:
-        yield found
+        with target.meta_tensors_on(architecture.name):
+            yield found
     finally:
         knobs.jit_cache_hook = hook
         driver._active = before

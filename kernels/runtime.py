@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -27,21 +28,50 @@ class BackendUnavailableError(RuntimeError):
     """Triton was asked for where it cannot run, or for an op that has no Triton kernel."""
 
 
+class Detail(NamedTuple):
+    """Some calls of an op, who runs them on a GPU, and why."""
+
+    calls: str
+    implementation: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Op:
-    """What the library knows about one op: its name and whether Triton kernels exist for it."""
+    """What the library knows about one op.
+
+    Attributes:
+        name, summary: for people.
+        has_triton: Triton kernels exist for it.
+        details: of an architecture ("sm_90"): who runs which calls there, where not all run alike.
+        note: of an architecture: the same in a few words, or "".
+    """
 
     name: str
     summary: str
     has_triton: bool
+    details: Callable[[str], Sequence[Detail]] = lambda architecture: ()
+    note: Callable[[str], str] = lambda architecture: ""
 
 
 _ops: dict[str, Op] = {}
 
 
-def register_op(name: str, summary: str, *, has_triton: bool = False) -> None:
-    """Declare an op, so that `choose` can pick for it and `mllm-fast info` can list it."""
-    _ops[name] = Op(name, summary, has_triton)
+def register_op(
+    name: str,
+    summary: str,
+    *,
+    has_triton: bool = False,
+    details: Callable[[str], Sequence[Detail]] = Op.details,
+    note: Callable[[str], str] = Op.note,
+) -> None:
+    """Declare an op, so that `choose` can pick for it and `mllm-fast info` can list it; arguments as for `Op`."""
+    _ops[name] = Op(name, summary, has_triton, details, note)
+
+
+def op(name: str) -> Op:
+    """The declared op of that name."""
+    return _ops[name]
 
 
 def ops() -> tuple[Op, ...]:
@@ -101,10 +131,10 @@ def explain(name: str, device_type: str) -> tuple[str, str]:
     Raises:
         BackendUnavailableError: Triton is forced and cannot serve this op on this device.
     """
-    op, forced = _ops[name], current_backend()
+    declared, forced = _ops[name], current_backend()
     if forced == "torch":
         return "torch", "forced by backend('torch')"
-    if not op.has_triton:
+    if not declared.has_triton:
         if forced == "triton":
             raise BackendUnavailableError(f"{name} has no Triton kernel; call it under backend('auto') or 'torch'")
         return "torch", "no Triton kernel for this op"
@@ -124,5 +154,42 @@ def choose(name: str, *tensors: torch.Tensor | None) -> str:
     """ "triton" or "torch" for this call of op `name`, by the backend in force and the device of its first tensor."""
     for tensor in tensors:
         if tensor is not None:
-            return explain(name, tensor.device.type)[0]
-    return explain(name, "cpu")[0]
+            return chosen(name, tensor.device.type)
+    return chosen(name, "cpu")
+
+
+def choose_for(name: str, device_type: str, unsupported: Callable[[], str | None]) -> str:
+    """ "triton" or "torch" for a call of op `name` that its kernels may be unable to serve. A tracer can follow it.
+
+    Args:
+        name: the op.
+        device_type: of its tensors.
+        unsupported: asked where Triton would run: why the kernels cannot serve this call, or None where they can.
+
+    Raises:
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
+    """
+    return "triton" if chosen(name, device_type) == "triton" and may_serve(unsupported()) else "torch"
+
+
+def chosen(name: str, device_type: str) -> str:
+    """ "triton" or "torch" for op `name` on a device, as `choose`; a tracer can follow it."""
+    # Asked at every call; `explain` takes tens of microseconds where triton was never imported.
+    if device_type != "cuda" and current_backend() != "triton":
+        return "torch"
+    return explain(name, device_type)[0]
+
+
+# As for current_backend: a compiled function keeps the choice in force while it was traced.
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def may_serve(reason: str | None) -> bool:
+    """Whether the kernels serve a call, which is so where there is no `reason` why they cannot.
+
+    Raises:
+        BackendUnavailableError: there is one, and Triton is forced.
+    """
+    if reason is not None and current_backend() == "triton":
+        raise BackendUnavailableError(f"{reason}; call it under backend('auto') or 'torch'")
+    return reason is None

@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .fusion import FuseReport, NothingToFuseError, fuse, unfuse
     from .kernels.runtime import backend
+    from .quantization import QuantizationReport, load, quantization_report, quantize_llm
 
 __version__ = "0.1.0"
 
-__all__ = ["FuseReport", "NothingToFuseError", "__version__", "backend", "fuse", "unfuse"]
+__all__ = [
+    "FuseReport",
+    "NothingToFuseError",
+    "QuantizationReport",
+    "__version__",
+    "backend",
+    "fuse",
+    "load",
+    "quantization_report",
+    "quantize_llm",
+    "unfuse",
+]
 
 _HOMES = {
     "FuseReport": "fusion",
@@ -23,6 +35,10 @@ _HOMES = {
     "fuse": "fusion",
     "unfuse": "fusion",
     "backend": "kernels.runtime",
+    "QuantizationReport": "quantization",
+    "load": "quantization",
+    "quantization_report": "quantization",
+    "quantize_llm": "quantization",
 }
 
 

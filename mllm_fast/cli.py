@@ -20,6 +20,8 @@ from . import __version__
 
 if TYPE_CHECKING:
     from .kernels.audit import Row
+    from .kernels.runtime import Op
+    from .pipeline import Pipeline
 
 LIBRARIES = ("torch", "triton", "transformers", "bitsandbytes", "xformers", "peft")
 DEMO_MODULES = ("matplotlib", "skimage", "sklearn")
@@ -41,12 +43,16 @@ class Device:
 
 @dataclass(frozen=True)
 class OpStatus:
-    """Which implementation of an op runs on this machine, and the reason."""
+    """Which implementation of an op runs on this machine, and the reason.
+
+    `details` are (which calls, implementation, reason), where not all calls of the op run alike on the GPU.
+    """
 
     name: str
     summary: str
     implementation: str
     reason: str
+    details: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,18 @@ def collect_info() -> Info:
         target = f"sm_{properties.major}{properties.minor}" if torch.version.cuda else properties.gcnArchName
         memory = round(properties.total_memory / 2**30, 1)
         devices.append(Device(f"cuda:{index}", "cuda", f"{properties.name}, {target}", memory))
-    statuses = tuple(OpStatus(op.name, op.summary, *runtime.explain(op.name, devices[-1].kind)) for op in runtime.ops())
+    statuses = tuple(_status(op, devices[-1].kind) for op in runtime.ops())
     versions = {"python": platform.python_version(), "mllm-fast": __version__, **{n: _version(n) for n in LIBRARIES}}
     unavailable = runtime.triton_unavailable_reason()
     return Info(tuple(devices), versions, "can run" if unavailable is None else f"cannot run: {unavailable}", statuses)
+
+
+def _status(op: Op, device_type: str) -> OpStatus:
+    from .kernels import launch, runtime
+
+    implementation, reason = runtime.explain(op.name, device_type)
+    details = op.details(launch.device_architecture()) if implementation == "triton" and device_type == "cuda" else ()
+    return OpStatus(op.name, op.summary, implementation, reason, tuple(details))
 
 
 def _version(distribution: str) -> str | None:
@@ -111,6 +125,12 @@ def _info(args: argparse.Namespace) -> int:
     for op in info.ops:
         ops.add_row(op.name, op.implementation, op.reason, escape(op.summary))
     console.print(devices, versions, ops, sep="\n")
+    for op in info.ops:
+        if op.details:
+            table = Table("calls", "runs", "because", title=f"{op.name} on the GPU", title_justify="left")
+            for calls, implementation, why in op.details:
+                table.add_row(escape(calls), implementation, escape(why))
+            console.print(table)
     console.print(f"Triton kernels {info.triton}", markup=False, highlight=False)
     return 0
 
@@ -128,23 +148,83 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args.out, quick=args.quick)
 
 
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder with a model, or its name on the Hugging Face hub")
+    parser.add_argument("--llm", choices=("nf4", "fp4", "int8"), help="quantise the language model while it is loaded")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of what is not quantised "
+                        "(default: bfloat16 where the device has it)")  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or the CPU)")
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a model that mllm-fast wrote (file or folder)")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, one caption each")
-    parser.add_argument("--prompt", help="text the caption continues")
+    _model_arguments(parser)
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files; systems that read one image "
+                        "a prompt answer once for each")  # fmt: skip
+    parser.add_argument("--prompt", help="the question, or what the caption begins with")
     parser.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="(%(default)s)")
+    parser.add_argument("--num-beams", type=_positive, default=1, metavar="N", help="(%(default)s)")
+    parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True, help="put the drop-ins in")
 
 
 def _generate(args: argparse.Namespace) -> int:
-    for path in (args.model, *args.images):
+    for path in args.images:
         if not path.exists():
             raise CommandError(f"{path} does not exist")
-    from .models.captioner import generate_captions
+    from .models.captioner import CONFIG_FILE, generate_captions
 
-    captions = generate_captions(args.model, args.images, prompt=args.prompt, max_new_tokens=args.max_new_tokens)
-    for image, caption in zip(args.images, captions, strict=True):
-        print(f"{image}: {caption}")  # noqa: T201
+    if (Path(args.model) / CONFIG_FILE).is_file():
+        captions = generate_captions(args.model, args.images, prompt=args.prompt, max_new_tokens=args.max_new_tokens)
+        for image, caption in zip(args.images, captions, strict=True):
+            print(f"{image}: {caption}")  # noqa: T201
+        return 0
+    from .pipeline import read_image
+
+    images = [read_image(path) for path in args.images]
+    pipeline = _pipeline(args, fuse=args.fuse)
+    length = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False}
+    answers = pipeline.generate(images, args.prompt, **length)
+    if len(answers) == len(images):
+        for image, answer in zip(args.images, answers, strict=True):
+            print(f"{image}: {answer}")  # noqa: T201
+    else:
+        print(*answers, sep="\n")  # noqa: T201
     return 0
+
+
+def _pipeline(args: argparse.Namespace, *, fuse: bool) -> Pipeline:
+    import torch
+    from transformers.utils import logging
+
+    from .pipeline import load_pipeline
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    return load_pipeline(args.model, llm=args.llm, fuse=fuse, dtype=dtype, device=args.device)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files (default: a drawn one)")
+    parser.add_argument("--prompt", default="a picture of", help="the question, or what the caption begins with "
+                        "(%(default)s)")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=_positive, default=8, metavar="N", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON, to attach to a bug")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Status 0: fusing changed nothing but rounding; 1: it did."""
+    from .pipeline import drawn_image, read_image
+    from .verification import verify
+
+    images = [read_image(path) for path in args.images] or [drawn_image()]
+    pipeline = _pipeline(args, fuse=False)
+    report = verify(pipeline.model, pipeline.inputs(images, args.prompt), new_tokens=args.max_new_tokens)
+    print(report, end="")  # noqa: T201
+    if args.out is not None:
+        print(f"written to {report.save(args.out)}")  # noqa: T201
+    return int(not report.passed)
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,7 +330,8 @@ COMMANDS = (
     Command("demo", "every supported system on real photographs, then a real fine-tuning run", _demo_arguments, _demo),
     Command("audit", "compile every kernel for other GPUs, and look for what makes one slow", _audit_arguments, _audit),
     Command("bench", "measure every block against its peers, side by side", lambda parser: None, _bench, True),
-    Command("generate", "caption images with a model that was trained here", _generate_arguments, _generate),
+    Command("generate", "answer a prompt about images with any supported model", _generate_arguments, _generate),
+    Command("verify", "run a model before and after fusing, and compare the errors", _verify_arguments, _verify),
 )
 
 

@@ -12,11 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .families import FIXES, REGISTRY, CannotFuseError, Entry, class_path, dropin_class, find, state_of
 from .kernels import runtime
+from .kernels.launch import device_architecture
 from .modules.children import hooked, readable_linear
+from .modules.graphs import Graphs
 from .modules.media_context import MediaContext
 from .modules.state import FusedState, Options
 
@@ -50,6 +53,14 @@ class LeftAloneRow:
     reason: str
 
 
+@dataclass(frozen=True)
+class GraphRow:
+    """One module whose runs are captured as CUDA graphs, and how that stands: how many shapes are, or why none is."""
+
+    path: str
+    status: str
+
+
 @dataclass
 class FuseReport:
     """What `fuse` did. `print(report)` shows it as a table.
@@ -57,20 +68,21 @@ class FuseReport:
     Attributes:
         fused: the modules that now run a drop-in.
         left_alone: those that do not, each with the reason.
+        graphs: with `cuda_graphs`, the modules that are captured and replayed.
         options: level and fixes in force.
     """
 
     options: Options
     fused: list[FusedRow] = field(default_factory=list)
     left_alone: list[LeftAloneRow] = field(default_factory=list)
+    graphs: list[GraphRow] = field(default_factory=list)
 
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
 
         console = Console(file=io.StringIO(), width=140, markup=False)
-        fixes = ", ".join(sorted(self.options.fixes)) or "none"
-        table = Table(title=f"fused {len(self.fused)} modules (level {self.options.level}, fixes: {fixes})")
+        table = Table(title=f"fused {len(self.fused)} modules ({self.options})")
         for column in ("path", "was", "now", "kernels"):
             table.add_column(column, overflow="fold")
         for row in self.fused:
@@ -83,11 +95,25 @@ class FuseReport:
             for left in self.left_alone:
                 table.add_row(left.path or ROOT, left.was, left.reason)
             console.print(table)
+        if self.graphs:
+            table = Table(title="CUDA graphs")
+            for column in ("path", "status"):
+                table.add_column(column, overflow="fold")
+            for graph in self.graphs:
+                table.add_row(graph.path or ROOT, graph.status)
+            console.print(table)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 
 
-def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = (), prepack: bool = False) -> FuseReport:
+def fuse(
+    model: nn.Module,
+    *,
+    level: int = 1,
+    fixes: str | Iterable[str] = (),
+    prepack: bool = False,
+    cuda_graphs: bool = False,
+) -> FuseReport:
     """Let every module that mllm_fast knows run its drop-in, in place.
 
     Args:
@@ -100,26 +126,32 @@ def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = (), p
         prepack: for CPU inference, keep a second copy of the blocks' weights in oneDNN's blocked layout. A decode step
             then reads them at the memory's full speed; the blocks' weights take twice their memory. Training and GPUs
             do not use it.
+        cuda_graphs: for GPU inference, capture the encoder side (vision encoder, resampler or Q-Former, projector) as a
+            CUDA graph the second time a shape of its inputs is met, and replay it from then on. Up to
+            `mllm_fast.modules.graphs.MAX_BUCKETS` shapes a module are kept, each with the memory of its intermediates.
 
     Returns:
         A report of what was swapped and what was left alone. A model that is fused already is left as it is.
 
     Raises:
         NothingToFuseError: the model holds no module of a known class that could be fused.
-        ValueError: an unknown level or fix.
+        ValueError: an unknown level or fix, or a model that is fused with other options.
     """
-    options = Options(_check_level(level), _check_fixes(fixes), prepack)
+    options = Options(_check_level(level), _check_fixes(fixes), prepack, cuda_graphs)
+    _check_same_options(model, options)
     report = FuseReport(options)
     context = _existing_context(model) or MediaContext()
     for module, paths in _modules(model):
         if (state := state_of(module)) is not None:
             report.left_alone.append(LeftAloneRow(paths, _name(state.original_class), "already fused"))
+            report.graphs += _graphs(module, paths)
             continue
         if isinstance(module.__dict__.get("_mllm_fast"), FusedState):
-            report.left_alone.append(LeftAloneRow(paths, _name(type(module)), "a module of mllm_fast itself"))
+            reason = f"a module of mllm_fast itself, which runs its kernels without ({module._mllm_fast.options})"
+            report.left_alone.append(LeftAloneRow(paths, _name(type(module)), reason))
             continue
         entry = find(module)
-        if entry is None:
+        if entry is None or (entry.graphs == "only" and not cuda_graphs):
             continue
         was = _name(type(module))
         if level < entry.min_level:
@@ -132,6 +164,7 @@ def fuse(model: nn.Module, *, level: int = 1, fixes: str | Iterable[str] = (), p
             continue
         report.fused.append(FusedRow(paths, was, type(module).__qualname__, _kernels(module, entry)))
         report.left_alone += _called_children(module, paths, entry)
+        report.graphs += _graphs(module, paths)
     if not report.fused and not any(row.reason.startswith(("already", "a module")) for row in report.left_alone):
         reasons = "".join(
             f"\n  {row.path or ROOT}: {row.was} was left alone: {row.reason}" for row in report.left_alone
@@ -158,7 +191,8 @@ def _swap(module: nn.Module, entry: Entry, options: Options, context: MediaConte
         raise CannotFuseError("its forward was replaced on the instance")
     dropin: Any = entry.load()
     fused_class = dropin_class(module, dropin, entry)
-    state = dropin.fused_state(module, options, context)
+    state: FusedState = dropin.fused_state(module, options, context)
+    state.graphs = Graphs() if options.cuda_graphs and entry.graphs != "no" else None
     module.__dict__["_mllm_fast"] = state
     module.__class__ = fused_class
     if "_old_forward" in module.__dict__:
@@ -176,15 +210,54 @@ def _modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _existing_context(model: nn.Module) -> MediaContext | None:
-    return next((state.shared for module in model.modules() if (state := state_of(module)) is not None), None)
+    states = (state_of(module) for module in model.modules())
+    return next((state.shared for state in states if state is not None and state.shared is not None), None)
+
+
+def _check_same_options(model: nn.Module, options: Options) -> None:
+    for path, module in model.named_modules():
+        state = state_of(module)
+        # One without a context (a quantised linear) stands for itself and does the same whatever the options.
+        if state is not None and state.shared is not None and state.options != options:
+            raise ValueError(
+                f"{path or ROOT} is fused already, with {state.options}; got {options}. Call unfuse(model) first, or fuse "
+                "with the same options"
+            )
+
+
+def _graphs(module: nn.Module, path: str) -> list[GraphRow]:
+    """How the module's CUDA graphs stand, where it may have some."""
+    state = state_of(module)
+    if state is None or state.graphs is None:
+        return []
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    refusal, graphs = state.shared.capture.refusal(device), state.graphs
+    if refusal is not None:
+        return [GraphRow(path, f"not captured: {refusal}")]
+    if not graphs.captured:
+        return [GraphRow(path, "to be captured the second time a shape is met")]
+    latest = f"; the last call ran without: {graphs.skipped}" if graphs.skipped else ""
+    return [GraphRow(path, f"{graphs.captured} shapes captured{latest}")]
 
 
 def _kernels(module: nn.Module, entry: Entry) -> str:
-    parameter = next(module.parameters(), None)
-    device_type = "cpu" if parameter is None else parameter.device.type
     if not entry.ops:
         return "hands its fused parts what they share"
-    return ", ".join(f"{op} [{runtime.explain(op, device_type)[0]}]" for op in entry.ops)
+    parameter = next(module.parameters(), None)
+    device, dtype = (torch.device("cpu"), None) if parameter is None else (parameter.device, parameter.dtype)
+    return ", ".join(f"{op} [{_runs(op, device, dtype)}]" for op in entry.ops)
+
+
+def _runs(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """The implementation of an op for parameters like these, and what there is to say about it."""
+    implementation = runtime.explain(op, device.type)[0]
+    if implementation != "triton" or device.type != "cuda":
+        return implementation
+    if dtype == torch.float64:
+        return "torch, for fp64"
+    note = runtime.op(op).note(device_architecture(device))
+    return f"{implementation}; {note}" if note else implementation
 
 
 def _called_children(module: nn.Module, path: str, entry: Entry) -> list[LeftAloneRow]:

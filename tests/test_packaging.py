@@ -57,7 +57,7 @@ def _expected(checkout: Path) -> set[str]:
     kernels = {f"mllm_fast/{path.relative_to(checkout).as_posix()}" for path in (checkout / "kernels").rglob("*.py")}
     assert "mllm_fast/kernels/runtime.py" in kernels
     assert any(name.startswith("mllm_fast/kernels/attention/") for name in kernels)
-    return own | kernels | {"mllm_fast/py.typed"}
+    return own | kernels | {"mllm_fast/py.typed", "mllm_fast/kernels/attention/measured.json"}
 
 
 def _wheel_names(folder: Path) -> set[str]:

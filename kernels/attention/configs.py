@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Literal
 
-import torch
 import triton
 
+from ..target import PROCESSORS, Arch
 from ..tile import split_width
 
-Arch = Literal["sm_80", "sm_90", "gfx942"]
-ARCHITECTURES: tuple[Arch, ...] = ("sm_80", "sm_90", "gfx942")
-
-# Multiprocessors (compute units) of the largest part: A100, H100, MI300X.
-PROCESSORS: dict[Arch, int] = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
 MAX_SPLITS = 32
 # A split with fewer blocks of keys than this is not worth its second pass.
 BLOCKS_PER_SPLIT = 4
+# The same for dK and dV, which are split by tiles of rows.
+TILES_PER_PART = 4
 # How many images a row is taken to see when splits are chosen; the truth is on the device.
 IMAGES_SEEN = 4
 
@@ -47,23 +43,6 @@ class Config:
         """The keyword arguments of a launch that are not the kernel's own."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.registers is None else options | {"maxnreg": self.registers}
-
-
-@functools.cache
-def arch_of(device: torch.device) -> Arch:
-    """The nearest architecture that configurations exist for; sm_90 under the interpreter."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
-
-
-def precision(arch: Arch, dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: for fp32 what torch's own matrix products are allowed, on tensor cores where it is exact."""
-    if dtype != torch.float32 or arch == "gfx942":
-        return "ieee"
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
 
 @dataclass(frozen=True)
@@ -171,3 +150,21 @@ def splits_for(arch: Arch, programs: int, keys: int, images: int, BN: int) -> in
         keys = keys // images * IMAGES_SEEN
     most = min(MAX_SPLITS, 2 * PROCESSORS[arch] // max(programs, 1), keys // (BN * BLOCKS_PER_SPLIT))
     return 1 << (most.bit_length() - 1) if most > 1 else 1
+
+
+def parts_for(arch: Arch, programs: int, fold: int, tiles: int, images: int) -> tuple[int, int]:
+    """Into how many parts (the batch rows that share keys, the row tiles of each) dK and dV are split.
+
+    Args:
+        arch: what it runs on.
+        programs: how many programs there are without parts.
+        fold: batch rows that read one key row.
+        tiles: row tiles of a batch row.
+        images: images of the source with a media mask, else 0; a tile then visits few of them.
+    """
+    tiles_each = max(1, tiles * IMAGES_SEEN // images) if images > IMAGES_SEEN else tiles
+    parts = min(MAX_SPLITS, 2 * PROCESSORS[arch] // max(programs, 1), fold * tiles_each // TILES_PER_PART)
+    if parts < 2:
+        return 1, 1
+    row_parts = min(parts, fold)
+    return row_parts, min(parts // row_parts, tiles)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import runtime
-from . import reference
+from .. import runtime, seeds
+from . import dispatch, reference, registered
+from .libraries import LIBRARIES
 from .masks import Mask
 from .plan import Shapes, plan_for
+from .settings import settings_of
 
 runtime.register_op(
     "attention",
     "softmax(q k^T * scale + mask) v: one or two key sources, media visibility, GQA, dropout",
     has_triton=True,
+    details=dispatch.details,
+    note=dispatch.note,
 )
 
-_SEEDS = 1 << 62
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,61 +63,14 @@ def attention(
         than fp64 are cast to the autocast dtype first, as for `torch.nn.functional.scaled_dot_product_attention`.
 
     Saved for backward: the inputs, the output, the logsumexp [B, Lq, H] in fp32, and the seed. Differentiable once.
-    Equal inputs give bitwise equal outputs and gradients.
+    Equal inputs give bitwise equal outputs and gradients. On a GPU, calls of a kind for which torch's SDPA or xformers
+    was measured to be faster go there (`dispatch`; `mllm-fast info` lists them), with what these promise: gradients are
+    then repeatable where `torch.use_deterministic_algorithms` asks for it, because our kernels run again.
 
     Raises:
         ValueError: shapes, dtypes, devices, or mask contents that do not fit.
         BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
-    settings = (q, k, v, extra_k, extra_v, mask, scale, kv_index, dropout_p, seed)
-    if not torch.compiler.is_compiling():
-        return _attend(*settings)
-    return _attend(*settings) if _traceable(q) else _untraced(*settings)
-
-
-def _implementation(q: Tensor) -> str:
-    """ "triton" or "torch", by the backend in force, the device and what the kernels can serve.
-
-    Raises:
-        BackendUnavailableError: Triton is forced, and cannot serve this call.
-    """
-    if _chosen(q.device.type) == "torch":
-        return "torch"
-    from . import triton_op
-
-    reason = triton_op.unsupported(q)
-    if reason is None:
-        return "triton"
-    if runtime.current_backend() == "triton":
-        raise runtime.BackendUnavailableError(f"{reason}; call it under backend('auto') or 'torch'")
-    return "torch"
-
-
-def _chosen(device_type: str) -> str:
-    return runtime.explain("attention", device_type)[0]
-
-
-# As for runtime.current_backend: a compiled function keeps the choice in force while it was traced.
-_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _traceable(q: Tensor) -> bool:
-    """Whether a tracer can follow this call: the kernels' side reads no mask on the host."""
-    return q.ndim == 4 and q.dtype in _FLOATS and _implementation(q) == "triton"
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    mask: Mask | None,
-    scale: float | None,
-    kv_index: Tensor | None,
-    dropout_p: float,
-    seed: int | None,
-) -> Tensor:
     device_type = q.device.type
     if torch.is_autocast_enabled(device_type):
         q, k, v = (_autocast(x, device_type) for x in (q, k, v))
@@ -127,53 +83,33 @@ def _attend(
     # The kernels take head dimensions whose elements lie side by side.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     extra_k, extra_v = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (extra_k, extra_v))
-    if _implementation(q) == "triton":
-        return _on_triton(q, k, v, extra_k, extra_v, mask, scale, kv_index, dropout_p, seed)
+    given = (q, k, v, extra_k, extra_v)
+    on_triton = (
+        runtime.choose_for("attention", device_type, lambda: dispatch.unsupported(q.dtype, q.shape[3])) == "triton"
+    )
+    tracing = torch.compiler.is_compiling()
+    if mask is not None and (tracing or on_triton):
+        mask.check(q.shape[0], q.shape[1], k.shape[1])
+    if on_triton and runtime.current_backend() == "auto":
+        library = dispatch.library_for(given, mask, kv_index, dropout_p)
+        if library is not None:
+            with reference.without_autocast(device_type):
+                return LIBRARIES[library](*given, mask, scale)
+    if tracing:
+        settings = settings_of(mask, kv_index, scale, dropout_p, 0, q.device)
+        return registered.run_traced(*given, settings, seeds.drawn_traced(dropout_p, seed), triton=on_triton)
+    seed = seeds.drawn(dropout_p, seed)
+    if on_triton:
+        from . import triton_op
+
+        return triton_op.run(*given, settings_of(mask, kv_index, scale, dropout_p, seed, q.device))
     plan = plan_for(mask, kv_index, shapes, q.device)
-    seed = 0 if dropout_p == 0.0 else _drawn(seed)
-    tensors = tuple(x for x in (q, k, v, extra_k, extra_v) if x is not None)
+    tensors = tuple(x for x in given if x is not None)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         result: Tensor = reference.Attention.apply(plan, scale, dropout_p, seed, *tensors)
         return result
     with reference.without_autocast(device_type):
         return reference.infer(plan, tensors[0], reference.pairs(tensors[1:]), scale, dropout_p, seed)
-
-
-def _on_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    mask: Mask | None,
-    scale: float,
-    kv_index: Tensor | None,
-    dropout_p: float,
-    seed: int | None,
-) -> Tensor:
-    from . import triton_op
-
-    if mask is not None:
-        mask.check(q.shape[0], q.shape[1], k.shape[1])
-    sources = (q, k, v, extra_k, extra_v)
-    if not torch.compiler.is_compiling():
-        seed = 0 if dropout_p == 0.0 else _drawn(seed)
-        return triton_op.run(*sources, triton_op.settings_of(mask, kv_index, scale, dropout_p, seed, q.device))
-    # The seed stays a tensor: a tracer cannot look into it.
-    if dropout_p > 0.0 and seed is None:
-        drawn = torch.randint(_SEEDS, ())
-    else:
-        drawn = torch.full((), seed or 0, dtype=torch.int64)
-    settings = triton_op.settings_of(mask, kv_index, scale, dropout_p, 0, q.device)
-    return triton_op.run_traced(*sources, settings, drawn)
-
-
-def _drawn(seed: int | None) -> int:
-    return int(torch.randint(_SEEDS, ()).item()) if seed is None else seed
-
-
-# Masks are read on the host, which a tracer cannot follow: one break around the call, rather than many inside of it.
-_untraced = torch.compiler.disable(_attend)
 
 
 def _autocast(x: Tensor, device_type: str) -> Tensor:
@@ -193,8 +129,8 @@ def _shapes(
         raise ValueError(
             f"q is {list(q.shape)} and k is {list(k.shape)}; expected [batch, length, heads, head_dim] for each"
         )
-    batch, queries, heads, size = q.shape
-    key_rows, keys, key_heads, key_size = k.shape
+    batch, _, heads, size = q.shape
+    key_rows, _, key_heads, key_size = k.shape
     if v.shape != k.shape:
         raise ValueError(f"v is {list(v.shape)}, but k is {list(k.shape)}; they must have one shape")
     if key_size != size or size == 0:
@@ -212,8 +148,9 @@ def _shapes(
             f"q has {batch} batch rows and k has {key_rows}; the first must be a multiple of the second, or kv_index "
             "must say which row of k each row of q reads"
         )
+    shapes = Shapes.of(q, k, extra_k)
     if extra_k is None and extra_v is None:
-        return Shapes(batch, queries, key_rows, keys)
+        return shapes
     if extra_k is None or extra_v is None:
         raise ValueError("only one of extra_k and extra_v was given; pass both or neither")
     if extra_k.ndim != 4 or extra_k.shape != extra_v.shape or extra_k.shape[2:] != k.shape[2:]:
@@ -226,7 +163,7 @@ def _shapes(
             f"extra_k has {extra_k.shape[0]} batch rows; expected 1, k's number ({key_rows}) or q's ({batch})"
         )
     _check_kind(q, extra_k=extra_k, extra_v=extra_v)
-    return Shapes(batch, queries, key_rows, keys, extra_k.shape[0], extra_k.shape[1])
+    return shapes
 
 
 def _check_kind(q: Tensor, **others: Tensor) -> None:

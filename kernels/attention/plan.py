@@ -121,6 +121,12 @@ class Shapes(NamedTuple):
     extra_rows: int = 0
     extra_keys: int = 0
 
+    @staticmethod
+    def of(q: Tensor, k: Tensor, extra_k: Tensor | None) -> Shapes:
+        """Of tensors [rows, length, heads, head_dim]."""
+        extra = (0, 0) if extra_k is None else (extra_k.shape[0], extra_k.shape[1])
+        return Shapes(q.shape[0], q.shape[1], k.shape[0], k.shape[1], *extra)
+
 
 def plan_for(mask: Mask | None, kv_index: Tensor | None, shapes: Shapes, device: torch.device) -> Plan:
     """The plan of this call, made at its first use.
@@ -132,8 +138,8 @@ def plan_for(mask: Mask | None, kv_index: Tensor | None, shapes: Shapes, device:
     tensors = () if mask is None else mask.tensors()
     if mask is None or not tensors:
         causal, prefix = (False, 0) if mask is None else (mask.causal, mask.prefix)
-        index = None if kv_index is None else tuple(kv_index.tolist())
-        return _plan_without_tensors(causal, prefix, index, shapes)
+        rows = None if kv_index is None else tuple(kv_index.tolist())
+        return _plan_without_tensors(causal, prefix, rows, shapes)
     only_media = mask.key_lengths is None and mask.key_padding is None and not mask.causal
     plans = mask.media._plans if mask.media is not None and only_media else mask._plans
     key = (shapes, device, id(kv_index), *(_version(t) for t in (kv_index, *tensors)))
@@ -142,7 +148,8 @@ def plan_for(mask: Mask | None, kv_index: Tensor | None, shapes: Shapes, device:
         if len(plans) >= MAX_PLANS:
             plans.clear()
         # The entry holds kv_index, so that its id cannot come to mean another tensor.
-        entry = plans[key] = (kv_index, _build(mask, None if kv_index is None else kv_index.tolist(), shapes, device))
+        index = None if kv_index is None else kv_index.tolist()
+        entry = plans[key] = (kv_index, build_plan(mask, index, shapes, device))
     plan: Plan = entry[1]
     return plan
 
@@ -155,10 +162,15 @@ def _version(tensor: Tensor | None) -> int:
 @functools.lru_cache(maxsize=512)
 def _plan_without_tensors(causal: bool, prefix: int, kv_index: tuple[int, ...] | None, shapes: Shapes) -> Plan:
     # Made of slices only, so it belongs to no device.
-    return _build(Mask(causal=causal, prefix=prefix), kv_index, shapes, torch.device("cpu"))
+    return build_plan(Mask(causal=causal, prefix=prefix), kv_index, shapes, torch.device("cpu"))
 
 
-def _build(mask: Mask, kv_index: Iterable[int] | None, shapes: Shapes, device: torch.device) -> Plan:
+def build_plan(mask: Mask, kv_index: Iterable[int] | None, shapes: Shapes, device: torch.device) -> Plan:
+    """The plan of this call, made anew; `device` is where scattered keys are looked up.
+
+    Raises:
+        ValueError: a mask that does not fit the shapes, or shows images or key rows that do not exist.
+    """
     mask.check(shapes.batch, shapes.queries, shapes.keys)
     key_row_of = key_rows_of(kv_index, shapes.batch, shapes.key_rows)
     # A second source with a row of its own for each batch row, where the first has fewer rows.

@@ -7,6 +7,7 @@ the two key sources are never concatenated. On a CPU each piece is one call of t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """The output [B, Lq, H, D] in `dtype`, and the logsumexp [B, Lq, H] in fp32 (fp64 for fp64).
 
-    The logsumexp of rows that see nothing is undefined; it is None where no row sees anything.
+    The logsumexp of rows that see nothing is -inf; it is None where no row sees anything.
     """
     dropout = Dropout.start(dropout_p, seed, q.device)
     wide = compute_dtype(q.dtype)
@@ -42,7 +43,7 @@ def run(
         return out.to(dtype), lse
     # Rows of no segment see nothing.
     total = q.new_empty(q.shape, dtype=dtype) if plan.covers else q.new_zeros(q.shape, dtype=dtype)
-    total_lse = q.new_empty(q.shape[:-1], dtype=wide) if plan.segments else None
+    total_lse = q.new_full(q.shape[:-1], -math.inf, dtype=wide) if plan.segments else None
     for segment in plan.segments:
         out, lse = _run_segment(segment, q, sources, scale, wide, dropout)
         segment.rows.write(total, out)
@@ -90,18 +91,35 @@ def _widen_reread(plan: Plan, sources: tuple[Source, ...], wide: torch.dtype) ->
     )
 
 
-def gradients(
+def forward(
+    plan: Plan, q: Tensor, sources: tuple[Source, ...], scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(output in q's dtype, what rounding it to 16 bits lost, logsumexp): what the backward pass needs.
+
+    That pass subtracts rowsum(grad * output) from the gradient of every score. With a rounded output the scores'
+    gradients no longer sum to 0 in a row, and what all keys have in common (their bias, their mean) is multiplied by the
+    difference.
+    """
+    exact, lse = run(plan, q, sources, scale, dropout_p, seed, compute_dtype(q.dtype))
+    out = exact.to(q.dtype)
+    return out, None if out.dtype == exact.dtype else (exact - out).to(q.dtype), lse
+
+
+def backward(
     plan: Plan,
     grad: Tensor,
     q: Tensor,
     sources: tuple[Source, ...],
     out: Tensor,
+    lost: Tensor | None,
     lse: Tensor | None,
     scale: float,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """dq, and (dk, dv) of each source one after another; each in the dtype of what it is the gradient of."""
+    if lost is not None:
+        out = out.to(compute_dtype(q.dtype)) + lost
     dropout = Dropout.start(dropout_p, seed, q.device)
     wide = compute_dtype(q.dtype)
     dq = q.new_empty(q.shape) if plan.covers else q.new_zeros(q.shape)
@@ -137,20 +155,13 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
 
 
 class Attention(torch.autograd.Function):
-    """Attention with a backward of its own.
-
-    Saved: the inputs, the output, what rounding it to 16 bits lost, its logsumexp, and the dropout seed. The backward
-    pass subtracts rowsum(grad * output) from the gradient of every score. With a rounded output the scores' gradients no
-    longer sum to 0 in a row, and what all keys have in common (their bias, their mean) is multiplied by the difference.
-    """
+    """Attention with a backward of its own. Saved: the inputs, what `forward` returns, and the dropout seed."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, scale: float, dropout_p: float, seed: int, q: Tensor, *flat: Tensor) -> Tensor:
         """The output; `flat` is k, v and, where there is a second source, extra_k, extra_v."""
         with without_autocast(q.device.type):
-            exact, lse = run(plan, q, pairs(flat), scale, dropout_p, seed, compute_dtype(q.dtype))
-            out = exact.to(q.dtype)
-            lost = None if out.dtype == exact.dtype else (exact - out).to(q.dtype)
+            out, lost, lse = forward(plan, q, pairs(flat), scale, dropout_p, seed)
         ctx.save_for_backward(q, *flat, out, lost, lse)
         ctx.settings = plan, scale, dropout_p, seed
         return out
@@ -160,11 +171,9 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors, and None for the rest."""
         q, *flat, out, lost, lse = ctx.saved_tensors
-        plan, scale, dropout_p, seed = ctx.settings
-        if lost is not None:
-            out = out.to(compute_dtype(q.dtype)) + lost
+        plan, *settings = ctx.settings
         with without_autocast(q.device.type):
-            dq, rest = gradients(plan, grad, q, pairs(flat), out, lse, scale, dropout_p, seed)
+            dq, rest = backward(plan, grad, q, pairs(flat), out, lost, lse, *settings)
         return None, None, None, None, dq, *rest
 
 

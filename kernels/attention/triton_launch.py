@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
+from ..sums import column_sums
+from ..target import Arch, arch_of, keep_scale, on_device, precision
 from ..tile import split_width
 from . import configs
 from .configs import Config, Media
+from .settings import Settings
 from .triton_keys import attention_keys
 from .triton_rows import attention_combine, attention_rows
 
 # Few rows: those of all batch rows that read one key row share a tile.
 PACKED_ROWS = 16
-MAX_HEAD_DIM = 256
-# Exact fp32 products on tensor cores keep a row of q in registers twice: wider rows spill.
-MAX_HEAD_DIM_FP32 = 128
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Settings:
-    """What a call needs besides q, k, v and the second source: masks as small integer tensors, and numbers.
-
-    first, last [B or 1, Lq] (ranges) or words [B or 1, Lq, W] (subsets) are the media mask; images is 0 without one.
-    """
-
-    key_lengths: Tensor | None
-    key_padding: Tensor | None
-    first: Tensor | None
-    last: Tensor | None
-    words: Tensor | None
-    kv_index: Tensor | None
-    causal: bool
-    prefix: int
-    images: int
-    tokens: int
-    beyond_mean: bool
-    scale: float
-    dropout_p: float
-    seed: int
 
 
 def forward(
@@ -70,7 +43,7 @@ def forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    arch, media = configs.arch_of(q.device), _media(settings)
+    arch, media = arch_of(q.device), _media(settings)
     group = heads // key_heads
     pack = _pack(q, k, extra_k, settings)
     rows, clusters = queries * group * pack, batch // pack
@@ -84,7 +57,7 @@ def forward(
     if splits > 1:
         target = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         target_lse = torch.empty(splits, *q.shape[:3], dtype=torch.float32, device=q.device)
-    with _device(q):
+    with on_device(q):
         _launch_rows(programs * splits, q, k, v, extra_k, extra_v, None, target, target_lse, settings, pack, splits,
                      config, arch)  # fmt: skip
         if splits > 1:
@@ -109,6 +82,7 @@ def backward(
     *,
     query_config: Config | None = None,
     key_config: Config | None = None,
+    parts: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and those of the second source; each contiguous, in the dtype of what it is the gradient of."""
     batch, queries, heads, width = q.shape
@@ -121,14 +95,14 @@ def backward(
         return dq, torch.zeros_like(k), torch.zeros_like(v), zeros[0], zeros[1]
     if grad.stride(3) != 1:
         grad = grad.contiguous()
-    arch, media = configs.arch_of(q.device), _media(settings)
+    arch, media = arch_of(q.device), _media(settings)
     group = heads // key_heads
     pack = _pack(q, k, extra_k, settings)
     rows = queries * group * pack
     if query_config is None:
         query_config = configs.query_gradient_config(arch, rows, width, q.element_size(), media)
     delta = torch.empty_like(lse)
-    with _device(q):
+    with on_device(q):
         programs = triton.cdiv(rows, query_config.BM) * key_heads * (batch // pack)
         _launch_rows(programs, q, k, v, extra_k, extra_v, (grad, out, delta), dq, lse, settings, pack, 1,
                      query_config, arch)  # fmt: skip
@@ -136,7 +110,8 @@ def backward(
         if settings.kv_index is not None:
             order = _order(settings.kv_index, k.shape[0])
         same = (q, grad, lse, delta, settings)
-        dk, dv = _launch_keys(*same, k, v, batch // k.shape[0] if order is None else 1, order, key_config, extra_k)
+        fold = batch // k.shape[0] if order is None else 1
+        dk, dv = _launch_keys(*same, k, v, fold, order, key_config, parts, extra_k)
         if extra_k is None or extra_v is None:
             return dq, dk, dv, None, None
         if extra_k.shape[0] == 1:
@@ -145,7 +120,7 @@ def backward(
             fold = batch // k.shape[0] if order is None else 1
         else:
             fold, order = 1, None
-        extra = _launch_keys(*same, extra_k, extra_v, fold, order, key_config, None, key_base=k.shape[1])
+        extra = _launch_keys(*same, extra_k, extra_v, fold, order, key_config, parts, None, key_base=k.shape[1])
         return dq, dk, dv, *extra
 
 
@@ -163,7 +138,7 @@ def _launch_rows(
     pack: int,
     splits: int,
     config: Config,
-    arch: configs.Arch,
+    arch: Arch,
 ) -> None:
     """Forward; or with `gradient` (dO, output, delta), backward, which writes delta."""
     s = settings
@@ -186,11 +161,11 @@ def _launch_rows(
         *((0, 0, 0) if grad is None else grad.stride()[:3]), *media_strides,
         batch, queries, keys, extra_keys, key_heads, heads // key_heads, pack,
         1 if s.kv_index is not None else batch // key_rows,
-        s.prefix, s.images, s.tokens, s.scale, s.dropout_p, _keep_scale(s.dropout_p), s.seed,
+        s.prefix, s.images, s.tokens, s.scale, s.dropout_p, keep_scale(s.dropout_p), s.seed,
         BACKWARD=grad is not None, CAUSAL=s.causal, UNIFORM=_uniform(s, extra_k), EXTRA_OWN=own,
         DROPOUT=s.dropout_p > 0, IMAGE_WORDS=words, SPLITS=splits, EIGHTS=_eights(q, k, v, grad, extra_k, extra_v),
         D=width, D0=D0, D1=D1, BM=config.BM, BN=config.BN,
-        PRECISION=configs.precision(arch, q.dtype), **config.options,
+        PRECISION=precision(arch, q.dtype), **config.options,
     )  # fmt: skip
 
 
@@ -205,6 +180,7 @@ def _launch_keys(
     fold: int,
     order: tuple[Tensor, Tensor] | None,
     config: Config | None,
+    parts: tuple[int, int] | None,
     extra_k: Tensor | None,
     key_base: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -212,11 +188,10 @@ def _launch_keys(
     s, first = settings, key_base is None
     batch, queries, heads, width = q.shape
     key_rows, keys, key_heads, _ = k.shape
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in "kv")
-    if dk.numel() == 0:
-        return dk, dv
+    if k.numel() == 0:
+        return torch.empty_like(k), torch.empty_like(v)
     D0, D1 = split_width(width)
-    arch = configs.arch_of(q.device)
+    arch = arch_of(q.device)
     masks, media_strides, words = _masks(s, batch) if first else ((None,) * 5, (0, 0), 0)
     group = heads // key_heads
     if config is None:
@@ -224,16 +199,27 @@ def _launch_keys(
             arch, queries * group, width, q.element_size(), _media(s) if words else None
         )
     blocks = s.images * triton.cdiv(s.tokens, config.BN) if words else triton.cdiv(keys, config.BN)
-    attention_keys[(blocks * key_heads * key_rows,)](
+    programs = blocks * key_heads * key_rows
+    if parts is None:
+        # With kv_index, how many rows read a key row is on the device: as many each, says the guess.
+        sharing = max(1, batch // key_rows) if order is not None else fold
+        tiles = triton.cdiv(queries * group, config.BM)
+        parts = configs.parts_for(arch, programs, sharing, tiles, s.images if words else 0)
+    number = parts[0] * parts[1]
+    shape, dtype = (k.shape, k.dtype) if number == 1 else ((number, *k.shape), torch.float32)
+    dk, dv = (torch.empty(shape, dtype=dtype, device=k.device) for _ in "kv")
+    attention_keys[(programs * number,)](
         q, k, v, grad, lse, delta, dk, dv, *masks, *(order or (None, None)),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *media_strides,
-        queries, keys, key_base or 0, key_heads, group, fold, s.prefix, s.images, s.tokens,
-        s.scale, s.dropout_p, _keep_scale(s.dropout_p), s.seed,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *media_strides, k.numel(),
+        queries, keys, key_base or 0, key_rows, key_heads, group, fold, *parts, s.prefix, s.images, s.tokens,
+        s.scale, s.dropout_p, keep_scale(s.dropout_p), s.seed,
         CAUSAL=s.causal and first, UNIFORM=first and _uniform(s, extra_k), DROPOUT=s.dropout_p > 0, IMAGE_WORDS=words,
         EIGHTS=_eights(q, k, v, grad), D=width, D0=D0, D1=D1, BM=config.BM, BN=config.BN,
-        PRECISION=configs.precision(arch, q.dtype), **config.options,
+        PRECISION=precision(arch, q.dtype), **config.options,
     )  # fmt: skip
-    return dk, dv
+    if number == 1:
+        return dk, dv
+    return column_sums(dk.view(number, -1), k.shape, k.dtype), column_sums(dv.view(number, -1), k.shape, k.dtype)
 
 
 def _masks(s: Settings, batch: int) -> tuple[tuple[Tensor | None, ...], tuple[int, int], int]:
@@ -285,19 +271,8 @@ def _media(s: Settings) -> Media | None:
     return Media(s.tokens, triton.cdiv(s.images, 64)) if s.images else None
 
 
-def _keep_scale(dropout_p: float) -> float:
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-
-
 def _order(kv_index: Tensor, key_rows: int) -> tuple[Tensor, Tensor]:
     """The batch rows ordered by the key row that they read, and where each key row's begin."""
     ordered, rows = torch.sort(kv_index, stable=True)
     bounds = torch.arange(key_rows + 1, dtype=ordered.dtype, device=ordered.device)
     return rows, torch.searchsorted(ordered, bounds)
-
-
-def _device(q: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(q.device)

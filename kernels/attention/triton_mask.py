@@ -19,7 +19,8 @@ from ..tile import bits_below
 # Numbers that change from call to call, and whose value (1, a multiple of 16) no kernel gains from: they must not lead
 # to a compilation of their own. The group is not one of them: without grouped heads, 1 saves every row a division.
 UNSPECIALIZED = (
-    "batch", "queries", "keys", "extra_keys", "key_base", "pack", "fold", "prefix", "images", "tokens", "seed",
+    "batch", "queries", "keys", "extra_keys", "key_base", "key_rows", "pack", "fold", "row_parts", "tile_parts", "prefix",
+    "images", "tokens", "seed",
 )  # fmt: skip
 
 
@@ -74,25 +75,24 @@ def any_row(b_word):
 
 
 @triton.jit
-def rows_of_image(FIRST, LAST, WORDS, i_b, image, s_mb, s_ml, queries, images, UNIFORM: tl.constexpr):
-    """(first, end) of the queries of batch row i_b among which are all that see the image; (queries, 0) where none does."""
-    # Many queries at a time: one tile after another would wait for memory at each.
-    SCAN: tl.constexpr = 512
-    first, end = queries, 0
-    for i_scan in range(tl.cdiv(queries, SCAN)):
-        o_i = i_scan * SCAN + tl.arange(0, SCAN)
-        m_i = o_i < queries
-        o_b = i_b + o_i * 0
-        b_sees = sees_image(row_words(FIRST, LAST, WORDS, o_b, o_i, m_i, image // 64, s_mb, s_ml), image % 64)
-        if UNIFORM:
-            b_sees = b_sees | uniform_rows(FIRST, LAST, o_b, o_i, m_i, s_mb, s_ml, images)
-        b_sees = b_sees & m_i
-        first = tl.minimum(first, tl.min(tl.where(b_sees, o_i, queries), 0))
-        end = tl.maximum(end, tl.max(tl.where(b_sees, o_i + 1, 0), 0))
-    return first, end
+def tiles_of_image(
+    FIRST, LAST, WORDS, i_b, image, i_chunk, s_mb, s_ml, queries, group, images, UNIFORM: tl.constexpr, BM: tl.constexpr
+):
+    """[64] int64 of 0 and 1: which of the tiles 64 * i_chunk + [0, 64) of batch row i_b have a row that sees the image.
+
+    Many tiles at a time: one after another would wait for memory at each.
+    """
+    o_r = (64 * i_chunk + tl.arange(0, 64))[:, None] * BM + tl.arange(0, BM)[None, :]  # [64, BM]
+    m_r = o_r < queries * group
+    o_i = o_r // group
+    o_b = i_b + o_r * 0
+    b_sees = sees_image(row_words(FIRST, LAST, WORDS, o_b, o_i, m_r, image // 64, s_mb, s_ml), image % 64)
+    if UNIFORM:
+        b_sees = b_sees | uniform_rows(FIRST, LAST, o_b, o_i, m_r, s_mb, s_ml, images)
+    return tl.max((b_sees & m_r).to(tl.int64), 1)
 
 
 @triton.jit
 def sees_image(b_word, bit):
-    """[BM] bool."""
+    """[BM] bool: the row sees the image of that bit."""
     return ((b_word >> bit) & 1) == 1

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from ..launch import Architecture, Variant, recording
-from . import configs, triton_launch
+from . import triton_launch
 from .masks import Mask, MediaRanges, MediaSubsets
-from .triton_op import settings_of
+from .settings import settings_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -98,7 +96,7 @@ def variants(architecture: Architecture) -> Iterator[Variant]:
     # fp32 is compiled for torch's default precision of matrix products, which needs the most registers.
     for dtype, cases in GROUPS:
         for case in cases:
-            with recording(architecture) as launches, _compiling_for(architecture):
+            with recording(architecture) as launches:
                 _call(case, dtype)
             name = str(dtype).removeprefix("torch.")
             for launch in launches:
@@ -109,14 +107,6 @@ def variants(architecture: Architecture) -> Iterator[Variant]:
                     step = ", dQ" if c["BACKWARD"] else ", forward"
                 elements = c["BM"] * c["BN"] if "BM" in c else None
                 yield replace(launch, label=f"{name}, {case.label}{step}{tile}", elements=elements)
-
-
-def _compiling_for(architecture: Architecture) -> AbstractContextManager[object]:
-    """The launchers ask the device what it is; a meta tensor has no answer."""
-    nearest = architecture.name
-    if nearest not in configs.ARCHITECTURES:
-        nearest = "sm_80"
-    return mock.patch.object(configs, "arch_of", return_value=nearest)
 
 
 def _call(case: Case, dtype: torch.dtype) -> None:

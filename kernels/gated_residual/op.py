@@ -9,8 +9,7 @@ from .. import runtime
 from ..norm.op import check_same_shape
 from . import reference
 
-runtime.register_op("gated_residual", "residual + tanh(gate) * branch, rows masked")
-_GATED_RESIDUAL = {"torch": reference.gated_residual}
+runtime.register_op("gated_residual", "residual + tanh(gate) * branch, rows masked", has_triton=True)
 
 
 def check_gate(residual: Tensor, gate: Tensor | None, row_mask: Tensor | None) -> None:
@@ -47,14 +46,29 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, row_mask: Ten
 
     Returns:
         [..., D] in the promoted dtype of `residual` and `branch` (an fp32 gate does not widen a bf16 sum). tanh is
-        taken in fp32 (fp64 for an fp64 gate) and rounded to that dtype, and the sum is rounded once.
+        taken in fp32 (fp64 for an fp64 gate), which the reference rounds to that dtype; the sum is rounded once.
 
-    Saved for backward: `branch`, `gate` and `row_mask`.
+    Saved for backward: `gate` and `row_mask`, and `branch` if the gate needs a gradient. Differentiable once on the
+    kernels. Equal inputs give bitwise equal outputs and gradients.
 
     Raises:
         ValueError: a branch of another shape than the residual, a gate with neither 1 nor D values, or a row_mask that
             is not bool or not of the residual's leading shape.
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
     check_same_shape("branch", branch, "residual", residual.shape)
     check_gate(residual, gate, row_mask)
-    return _GATED_RESIDUAL[runtime.choose("gated_residual", residual)](residual, branch, gate, row_mask)
+    if (
+        runtime.choose_for("gated_residual", residual.device.type, lambda: _unsupported(residual, branch, gate))
+        == "torch"
+    ):
+        return reference.gated_residual(residual, branch, gate, row_mask)
+    from . import triton_op
+
+    return triton_op.run(residual, branch, gate.contiguous(), row_mask)
+
+
+def _unsupported(*tensors: Tensor) -> str | None:
+    from . import triton_op
+
+    return triton_op.unsupported(*tensors)

@@ -15,9 +15,12 @@ from .. import runtime
 from ..norm.op import Norm, check_dropout, check_norm
 from . import reference
 from .activations import ACTIVATIONS, GATED_ACTIVATIONS
+from .call import Group
 from .op import check_linear
 
-runtime.register_op("grouped_linear", "groups of rows through a linear layer each: the two FFNs of a Q-Former layer")
+runtime.register_op(
+    "grouped_linear", "groups of rows through a linear layer each: the two FFNs of a Q-Former layer", has_triton=True
+)
 
 
 def _reference(
@@ -29,21 +32,23 @@ def _reference(
     norms: Sequence[Norm | None],
     dropout_p: float,
     seed: int | None,
+    input_norms: Sequence[Norm | None],
+    residual_norms: Sequence[Norm | None],
 ) -> list[Tensor]:
     """Each group's act(x W^T + b) or norm(residual + dropout(x W^T + b)), one GEMM a group."""
     outputs = []
     for i, (x, weight, bias) in enumerate(zip(groups, weights, biases, strict=True)):
         if residuals is None:
-            outputs.append(reference.norm_linear(x, weight, bias, None, activation, None, None))
+            outputs.append(reference.norm_linear(x, weight, bias, input_norms[i], activation, None, None))
             continue
+        x = reference.normalize(x, input_norms[i])
         group_seed = None if seed is None else seed + i
         outputs.append(
-            reference.linear_residual(x, weight, bias, residuals[i], None, None, norms[i], dropout_p, group_seed)
+            reference.linear_residual(
+                x, weight, bias, residuals[i], None, None, norms[i], dropout_p, group_seed, residual_norms[i]
+            )
         )
     return outputs
-
-
-_GROUPED_LINEAR = {"torch": _reference}
 
 
 def grouped_linear(
@@ -55,6 +60,8 @@ def grouped_linear(
     activation: str | None = None,
     residual: Tensor | Sequence[Tensor] | None = None,
     norms: Sequence[Norm | None] | None = None,
+    input_norms: Sequence[Norm | None] | None = None,
+    residual_norms: Sequence[Norm | None] | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     joined: bool = True,
@@ -63,7 +70,8 @@ def grouped_linear(
 
     The two halves of the feed-forward networks of a Q-Former layer (`feed_forward_chunk_query` and `feed_forward_chunk`
     of `Blip2QFormerLayer`): `activation` makes the first half, `residual` with `norms` the second. Groups stand side by
-    side along the second last dimension.
+    side along the second last dimension. A post-norm can also be left to those who read its rows, as in `linear_residual`:
+    to `input_norms` of the next linear layer, and `residual_norms` of the next sum.
 
     Args:
         x: [..., S, K] with `sizes`, or the groups one by one, each [..., S_g, K] with equal leading dimensions (they need
@@ -74,6 +82,8 @@ def grouped_linear(
         activation: None or an ungated name of `ACTIVATIONS`; excludes `residual`.
         residual: in the form of `x` (one tensor, or one a group) with N in place of K.
         norms: with `residual`, applied to each group's sum; None, or None for a group, applies none.
+        input_norms: applied to each group's x first, in the same form.
+        residual_norms: with `residual`, applied to each group's residual first, in the same form.
         dropout_p: with `residual`, probability with which elements of x W^T + b are zeroed, in [0, 1].
         seed: the dropout pattern is a function of the seed and the backend; None draws from torch's default generator.
         joined: False returns the groups one by one, for a second `grouped_linear` to read.
@@ -91,14 +101,18 @@ def grouped_linear(
     groups = _groups("x", x, sizes)
     count = len(groups)
     biases = [None] * count if biases is None else biases
-    norms = [None] * count if norms is None else norms
-    if not count == len(weights) == len(biases) == len(norms):
+    norms, input_norms, residual_norms = (
+        [None] * count if given is None else given for given in (norms, input_norms, residual_norms)
+    )
+    if not count == len(weights) == len(biases) == len(norms) == len(input_norms) == len(residual_norms):
         raise ValueError(
-            f"x has {count} groups, but there are {len(weights)} weights, {len(biases)} biases and {len(norms)} norms; "
-            f"expected one of each (or None) for each group"
+            f"x has {count} groups, but there are {len(weights)} weights, {len(biases)} biases, {len(norms)} norms, "
+            f"{len(input_norms)} input_norms and {len(residual_norms)} residual_norms; expected one of each (or None) for "
+            f"each group"
         )
     for i, (rows, weight, bias) in enumerate(zip(groups, weights, biases, strict=True)):
         check_linear(rows, weight, bias, f"group {i}: ")
+        _check_group_norm(input_norms[i], rows, f"group {i}: x")
         if weight.shape[0] != weights[0].shape[0] or rows.shape[:-2] != groups[0].shape[:-2]:
             raise ValueError(
                 f"group {i} has x {tuple(rows.shape)} and weight {tuple(weight.shape)}, but group 0 has x "
@@ -108,15 +122,28 @@ def grouped_linear(
     residuals = None if residual is None else _groups("residual", residual, sizes)
     if residuals is None:
         _check_activation(activation)
-        if dropout_p or any(norm is not None for norm in norms):
-            raise ValueError("norms and dropout_p come after a residual, but residual is None; pass it too")
+        if dropout_p or any(norm is not None for norm in (*norms, *residual_norms)):
+            raise ValueError(
+                "norms, residual_norms and dropout_p belong to a residual, but residual is None; pass it too"
+            )
     else:
         if activation is not None:
             raise ValueError(f"activation {activation!r} excludes residual; apply one of the two in a call")
-        _check_residuals(groups, weights, residuals, norms)
+        _check_residuals(groups, weights, residuals, norms, residual_norms)
         check_dropout(dropout_p)
-    implementation = _GROUPED_LINEAR[runtime.choose("grouped_linear", *groups)]
-    outputs = implementation(groups, weights, biases, activation, residuals, norms, dropout_p, seed)
+    if runtime.chosen("grouped_linear", groups[0].device.type) == "triton":
+        from . import triton_op
+
+        given = [
+            Group(rows, weight, bias, residual=None if residuals is None else residuals[i])
+            for i, (rows, weight, bias) in enumerate(zip(groups, weights, biases, strict=True))
+        ]
+        out = triton_op.grouped_linear(given, input_norms, residual_norms, norms, activation, dropout_p, seed)
+        if out is not None:
+            return out if joined else out.split([rows.shape[-2] for rows in groups], -2)
+    outputs = _reference(
+        groups, weights, biases, activation, residuals, norms, dropout_p, seed, input_norms, residual_norms
+    )
     return torch.cat(outputs, dim=-2) if joined else tuple(outputs)
 
 
@@ -152,17 +179,26 @@ def _check_activation(activation: str | None) -> None:
         raise ValueError(f"activation is {activation!r}; expected None or one of {known}")
 
 
+def _check_group_norm(norm: Norm | None, rows: Tensor, name: str) -> None:
+    if norm is not None:
+        check_norm(rows, norm.weight, norm.bias, name)
+
+
 def _check_residuals(
-    groups: Sequence[Tensor], weights: Sequence[Tensor], residuals: Sequence[Tensor], norms: Sequence[Norm | None]
+    groups: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    norms: Sequence[Norm | None],
+    residual_norms: Sequence[Norm | None],
 ) -> None:
     if len(residuals) != len(groups):
         raise ValueError(f"x has {len(groups)} groups, but residual has {len(residuals)}; expected as many")
-    for i, (rows, weight, residual, norm) in enumerate(zip(groups, weights, residuals, norms, strict=True)):
+    for i, (rows, weight, residual) in enumerate(zip(groups, weights, residuals, strict=True)):
         if residual.shape != (*rows.shape[:-1], weight.shape[0]):
             raise ValueError(
                 f"group {i}: residual has shape {tuple(residual.shape)}, but x {tuple(rows.shape)} and weight "
                 f"{tuple(weight.shape)} give {(*rows.shape[:-1], weight.shape[0])}; the two must be equal (expand a "
                 f"residual that is shared)"
             )
-        if norm is not None:
-            check_norm(residual, norm.weight, norm.bias, f"group {i}: residual")
+        for norm in (norms[i], residual_norms[i]):
+            _check_group_norm(norm, residual, f"group {i}: residual")

@@ -9,11 +9,12 @@ from ..gated_residual.op import check_gate
 from ..norm.op import Norm, check_dropout, check_norm
 from . import reference
 from .activations import ACTIVATIONS, GATED_ACTIVATIONS
+from .call import Extras, Group
 
-runtime.register_op("norm_linear", "act(norm(x) W^T + b), gated activations included")
-runtime.register_op("linear_residual", "residual + tanh(gate) * (x W^T + b), or norm(residual + x W^T + b)")
-_NORM_LINEAR = {"torch": reference.norm_linear}
-_LINEAR_RESIDUAL = {"torch": reference.linear_residual}
+runtime.register_op("norm_linear", "act(norm(x) W^T + b), gated activations included", has_triton=True)
+runtime.register_op(
+    "linear_residual", "residual + tanh(gate) * (x W^T + b), or norm(residual + x W^T + b)", has_triton=True
+)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
@@ -39,12 +40,14 @@ def norm_linear(
     activation: str | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    head_norm: Norm | None = None,
 ) -> Tensor:
     """act(norm(x) W^T + b), or with a gated activation act(norm(x) Wg^T + bg) * (norm(x) W^T + b).
 
     The first half of a pre-norm feed-forward network (`FeedForward` of open_flamingo: LayerNorm, Linear, GELU), of a
     gated one (`IdeficsMLP`, `LlamaMLP`: "swiglu" with gate_proj as `gate_weight` and up_proj as `weight`; Shazeer 2020,
-    eq. 5 and 6), and a pre-norm query projection. The norm is computed once, also for a gated activation.
+    eq. 5 and 6), and a pre-norm query projection, also one whose heads are normalised (`q_layer_norm` of
+    `IdeficsAttention`, `q_norm` of `MllamaTextCrossAttention`). The norm is computed once, also for a gated activation.
 
     Args:
         x: [..., K], floating point, any strides; any number of rows, 0 too.
@@ -55,6 +58,8 @@ def norm_linear(
             "squared_relu", "silu", or gated: "swiglu", "geglu".
         gate_weight: [N, K], for a gated activation only.
         gate_bias: [N] or None, for a gated activation only.
+        head_norm: an RMS norm with a weight [head_dim], N % head_dim == 0: applied to each head of norm(x) W^T + b, which
+            is head_dim neighbouring elements. Excludes `activation`.
 
     Returns:
         [..., N], in the dtype that `F.linear` gives.
@@ -62,8 +67,8 @@ def norm_linear(
     Saved for backward: `x` with mean and rstd, norm(x), the weights, and what stands before the activation.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, a gated activation without `gate_weight`, or a
-            `gate_weight` or `gate_bias` that no activation uses.
+        ValueError: shapes that do not fit, an unknown activation, a gated activation without `gate_weight`, a
+            `gate_weight` or `gate_bias` that no activation uses, or a `head_norm` that does not fit.
     """
     check_linear(x, weight, bias)
     if norm is not None:
@@ -88,8 +93,28 @@ def norm_linear(
             f"gate_weight and gate_bias belong to a gated activation ({', '.join(sorted(GATED_ACTIVATIONS))}), "
             f"but activation is {activation!r}"
         )
-    implementation = _NORM_LINEAR[runtime.choose("norm_linear", x)]
-    return implementation(x, weight, bias, norm, activation, gate_weight, gate_bias)
+    if head_norm is not None:
+        _check_head_norm(head_norm, weight, activation)
+    if runtime.chosen("norm_linear", x.device.type) == "triton":
+        from . import triton_op
+
+        group, extras = Group(x, weight, bias), Extras(gate_weight, gate_bias)
+        out = triton_op.attempt([group], extras, norms=[norm], activation=activation, head_norm=head_norm)
+        if out is not None:
+            return out
+    return reference.norm_linear(x, weight, bias, norm, activation, gate_weight, gate_bias, head_norm)
+
+
+def _check_head_norm(head_norm: Norm, weight: Tensor, activation: str | None) -> None:
+    size = 0 if head_norm.weight is None or head_norm.weight.dim() != 1 else head_norm.weight.shape[0]
+    if head_norm.kind != "rms_norm" or not size or weight.shape[0] % size:
+        shape = None if head_norm.weight is None else tuple(head_norm.weight.shape)
+        raise ValueError(
+            f"head_norm is {head_norm.kind!r} with a weight of shape {shape}, but weight has shape "
+            f"{tuple(weight.shape)}: expected an 'rms_norm' with a weight (head_dim,) that divides {weight.shape[0]}"
+        )
+    if activation is not None:
+        raise ValueError(f"head_norm excludes an activation, but activation is {activation!r}; apply one of the two")
 
 
 def linear_residual(
@@ -101,6 +126,7 @@ def linear_residual(
     gate: Tensor | None = None,
     row_mask: Tensor | None = None,
     norm: Norm | None = None,
+    residual_norm: Norm | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
@@ -109,7 +135,8 @@ def linear_residual(
     The second half of a block. Without `norm`: the output projections of Flamingo's gated block (Alayrac et al. 2022,
     figure 4; `GatedCrossAttentionBlock` of open_flamingo, `IdeficsGatedCrossAttentionLayer`, with `gate`) and of every
     other pre-norm block (without). With `norm`: the post-norm edge of a BERT block (`BertSelfOutput`, `BertOutput`, and
-    the Q-Former's).
+    the Q-Former's). With `residual_norm` the residual is residual_norm(residual): a post-norm that the block before left to
+    its readers, which are the next linear layer (`norm_linear` with `norm`) and this residual.
 
     Args:
         x: [..., K], floating point, any strides; any number of rows, 0 too.
@@ -117,8 +144,9 @@ def linear_residual(
         bias: [N] or None.
         residual: [..., N] with the leading dimensions of `x`; any strides, its dtype may differ.
         gate: before the tanh, one element or N of them, as in `gated_residual`; None adds the branch as it is.
-        row_mask: bool [...], the leading shape of `x`; False rows return `residual` exactly. None means all True.
+        row_mask: bool [...], the leading shape of `x`; False rows return the residual exactly. None means all True.
         norm: applied to the sum; excludes `gate` and `row_mask`.
+        residual_norm: applied to `residual` first, with fp32 statistics.
         dropout_p: probability with which elements of x W^T + b are zeroed, in [0, 1]; pass 0 in evaluation.
         seed: the dropout pattern is a function of the seed and the backend; None draws from torch's default generator.
 
@@ -127,7 +155,7 @@ def linear_residual(
         `layer_norm` round.
 
     Saved for backward: `x`, `weight`, the dropout mask; with `gate`, the branch, `gate` and `row_mask`; with `norm`,
-    its input, mean and rstd.
+    its input, mean and rstd; with `residual_norm`, `residual` with mean and rstd.
 
     Raises:
         ValueError: shapes that do not fit, `gate` or `row_mask` together with `norm`, or a dropout_p outside [0, 1].
@@ -145,6 +173,13 @@ def linear_residual(
         raise ValueError("norm (post-norm) excludes gate and row_mask; pass norm alone, or the other two without it")
     else:
         check_norm(residual, norm.weight, norm.bias, "residual")
+    if residual_norm is not None:
+        check_norm(residual, residual_norm.weight, residual_norm.bias, "residual")
     check_dropout(dropout_p)
-    implementation = _LINEAR_RESIDUAL[runtime.choose("linear_residual", x)]
-    return implementation(x, weight, bias, residual, gate, row_mask, norm, dropout_p, seed)
+    if runtime.chosen("linear_residual", x.device.type) == "triton":
+        from . import triton_op
+
+        out = triton_op.linear_residual(x, weight, bias, residual, gate, row_mask, norm, dropout_p, seed, residual_norm)
+        if out is not None:
+            return out
+    return reference.linear_residual(x, weight, bias, residual, gate, row_mask, norm, dropout_p, seed, residual_norm)

@@ -53,4 +53,17 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
     Returns:
         [..., N] in the dtype of x.
     """
+    return (_traced_linear if torch.compiler.is_compiling() else _linear)(x, packed, bias)
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+# torch.compile knows oneDNN's op by name, and expects a weight that it packed itself; this one it leaves alone.
+_traced_linear = torch.library.custom_op("mllm_fast::packed_linear", _linear, mutates_args=())
+
+
+@_traced_linear.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))

@@ -41,6 +41,13 @@ def normalize(
     return norms.rms_norm(x, norm.weight, norm.eps, residual, dropout_p, seed)
 
 
+def normalize_heads(y: Tensor, head_norm: Norm) -> Tensor:
+    """Each head (as many neighbouring elements as head_norm.weight has) of y [..., N], normalised on its own."""
+    assert head_norm.weight is not None  # the public function checked it
+    heads = y.unflatten(-1, (-1, head_norm.weight.shape[0]))
+    return normalize(heads, head_norm).flatten(-2)
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -49,10 +56,13 @@ def norm_linear(
     activation: str | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
+    head_norm: Norm | None = None,
 ) -> Tensor:
     """act(norm(x) W^T + b), or act(norm(x) Wg^T + bg) * (norm(x) W^T + b); the norm is computed once."""
     x = normalize(x, norm)
     y = linear(x, weight, bias)
+    if head_norm is not None:
+        return normalize_heads(y, head_norm)
     if activation is None:
         return y
     if activation not in GATED_ACTIVATIONS:
@@ -71,8 +81,10 @@ def linear_residual(
     norm: Norm | None,
     dropout_p: float,
     seed: int | None,
+    residual_norm: Norm | None = None,
 ) -> Tensor:
     """Compute residual + tanh(gate) * row_mask * dropout(x W^T + b), or norm(residual + dropout(x W^T + b))."""
+    residual = normalize(residual, residual_norm)
     y = linear(x, weight, bias)
     if norm is not None:
         return normalize(y, norm, residual, dropout_p, seed)

@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import runtime
 from ..norm.op import Norm, check_norm
 from . import reference
+from .call import Group
 from .op import check_linear
 
-runtime.register_op("stacked_linear", "one GEMM for all the layers that read the same input")
-_STACKED_LINEAR = {"torch": reference.stacked_linear}
+runtime.register_op("stacked_linear", "one GEMM for all the layers that read the same input", has_triton=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,5 +152,10 @@ def stacked_linear(x: Tensor, stacked: StackedWeight, *, norm: Norm | None = Non
     check_linear(x, stacked.weight, stacked.bias, "stacked ")
     if norm is not None:
         check_norm(x, norm.weight, norm.bias)
-    implementation = _STACKED_LINEAR[runtime.choose("stacked_linear", x)]
-    return implementation(x, stacked.weight, stacked.bias, stacked.sizes, norm)
+    if runtime.chosen("stacked_linear", x.device.type) == "triton":
+        from . import triton_op
+
+        out = triton_op.attempt([Group(x, stacked.weight, stacked.bias)], norms=[norm])
+        if out is not None:
+            return out.split(stacked.sizes, -1)
+    return reference.stacked_linear(x, stacked.weight, stacked.bias, stacked.sizes, norm)

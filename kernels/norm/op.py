@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from .. import runtime
+from .. import runtime, seeds
 from . import reference
 
-runtime.register_op("layer_norm", "layer norm of residual + dropout(x), fp32 statistics")
-runtime.register_op("rms_norm", "RMS norm of residual + dropout(x), fp32 statistics")
-_LAYER_NORM = {"torch": reference.layer_norm}
-_RMS_NORM = {"torch": reference.rms_norm}
+runtime.register_op("layer_norm", "layer norm of residual + dropout(x), fp32 statistics", has_triton=True)
+runtime.register_op("rms_norm", "RMS norm of residual + dropout(x), fp32 statistics", has_triton=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +94,21 @@ def layer_norm(
         [..., D] in the promoted dtype of `x` and `residual` (never that of the parameters). Mean and variance are
         accumulated in fp32 (fp64 for fp64 inputs). Under autocast the dtype is what `F.layer_norm` gives there.
 
-    Saved for backward: residual + dropout(x), its mean and rstd (fp32), `weight`, and the dropout mask.
+    Saved for backward: residual + dropout(x) (`x` itself where that is all), its mean and rstd (fp32), `weight`, and
+    the seed (the kernels) or the dropout mask (the reference). Differentiable once on the kernels. Equal inputs give
+    bitwise equal outputs and gradients.
 
     Raises:
         ValueError: parameters that are not [D], a residual of another shape, or a dropout_p outside [0, 1].
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
     check_norm(x, weight, bias)
     check_dropout(dropout_p)
     if residual is not None:
         check_same_shape("residual", residual, "x", x.shape)
-    return _LAYER_NORM[runtime.choose("layer_norm", x)](x, weight, bias, eps, residual, dropout_p, seed)
+    if _on_triton("layer_norm", x, residual, weight, bias):
+        return _run(x, residual, weight, bias, False, eps, dropout_p, seed)
+    return reference.layer_norm(x, weight, bias, eps, residual, dropout_p, seed)
 
 
 def rms_norm(
@@ -134,16 +138,52 @@ def rms_norm(
         [..., D] in the promoted dtype of `x` and `residual`. The mean square is accumulated in fp32 (fp64 for fp64
         inputs).
 
-    Saved for backward: the sum and its rsqrt(mean square) in fp32, `weight`, and the dropout mask.
+    Saved for backward: as in `layer_norm`.
 
     Raises:
         ValueError: a weight that is not [D], a residual of another shape, or a dropout_p outside [0, 1].
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
     check_norm(x, weight, None)
     check_dropout(dropout_p)
     if residual is not None:
         check_same_shape("residual", residual, "x", x.shape)
-    return _RMS_NORM[runtime.choose("rms_norm", x)](x, weight, eps, residual, dropout_p, seed)
+    if _on_triton("rms_norm", x, residual, weight, None):
+        return _run(x, residual, weight, None, True, eps, dropout_p, seed)
+    return reference.rms_norm(x, weight, eps, residual, dropout_p, seed)
+
+
+def _on_triton(name: str, x: Tensor, *others: Tensor | None) -> bool:
+    def unsupported() -> str | None:
+        from . import triton_op
+
+        return triton_op.unsupported(x, *others)
+
+    return runtime.choose_for(name, x.device.type, unsupported) == "triton"
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+    dropout_p: float,
+    seed: int | None,
+) -> Tensor:
+    """A call on the kernels."""
+    from . import triton_op
+    from .triton_launch import Settings
+
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    # On a GPU, autocast runs norms in fp32; on a CPU, where the interpreter is, it leaves them alone.
+    dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else None
+    given = (x, residual, weight, bias)
+    if torch.compiler.is_compiling():
+        settings = Settings(rms, eps, dropout_p, 0, dtype)
+        return triton_op.run_traced(*given, settings, seeds.drawn_traced(dropout_p, seed))
+    return triton_op.run(*given, Settings(rms, eps, dropout_p, seeds.drawn(dropout_p, seed), dtype))
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:

@@ -1,4 +1,4 @@
-"""The BLIP family and LLaVA in part 1 of the demo: one image each, the last of the photographs."""
+"""The BLIP family, LLaVA, MiniGPT-4 and mPLUG-Owl in part 1 of the demo: one image each, the last of the photographs."""
 
 from __future__ import annotations
 
@@ -70,27 +70,47 @@ def instructblip(size: Size, photographs: list[Photograph]) -> Case:
 
 def llava(size: Size, photographs: list[Photograph]) -> Case:
     """LLaVA: every patch of a CLIP tower becomes a token of a Llama."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     patches = (size.image // 14) ** 2
     config = LlavaConfig(
         # The second last of its layers is read.
         vision_config=CLIPVisionConfig(**_vision(size) | {"num_hidden_layers": size.vision_layers + 1}),
-        text_config=LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=size.text_dim,
-            intermediate_size=size.text_dim * 8 // 3 // 64 * 64,
-            num_hidden_layers=size.text_layers,
-            num_attention_heads=size.text_dim // 64,
-            max_position_embeddings=2048,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=_llama(size),
         image_token_index=IMAGE,
         image_seq_length=patches,
     )
     return _case(LlavaForConditionalGeneration(config), _prompted(size, photographs, patches), size)
+
+
+def minigpt4(size: Size, photographs: list[Photograph]) -> Case:
+    """MiniGPT-4: the vision model and Q-Former of BLIP-2 and one linear layer before a Llama."""
+    from ..models.minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
+
+    config = MiniGPT4Config(
+        vision_config=_vision(size),
+        qformer_config=_qformer(size),
+        text_config=_llama(size),
+        num_query_tokens=QUERIES,
+        image_token_id=IMAGE,
+    )
+    return _case(MiniGPT4ForConditionalGeneration(config), _prompted(size, photographs, QUERIES), size)
+
+
+def mplug_owl(size: Size, photographs: list[Photograph]) -> Case:
+    """mPLUG-Owl: a visual abstractor of 64 queries before a Llama; an image is 65 of its tokens."""
+    from ..models.mplug_owl import MplugOwlConfig, MplugOwlForConditionalGeneration
+
+    heads = size.vision_dim // 64
+    abstractor = {"hidden_size": size.vision_dim, "encoder_hidden_size": size.vision_dim, "num_attention_heads": heads}
+    config = MplugOwlConfig(
+        vision_config=_vision(size),
+        visual_abstractor_config=abstractor | {"intermediate_size": size.vision_dim * 11 // 4},
+        text_config=_llama(size),
+        image_token_id=IMAGE,
+    )
+    inputs = _prompted(size, photographs, config.rows_per_image)
+    return _case(MplugOwlForConditionalGeneration(config), inputs, size)
 
 
 SYSTEMS = (
@@ -98,6 +118,8 @@ SYSTEMS = (
     System("BLIP-2 (transformers)", (), blip2),
     System("InstructBLIP (transformers)", (), instructblip),
     System("LLaVA (transformers)", (), llava),
+    System("MiniGPT-4 (mllm_fast)", (), minigpt4),
+    System("mPLUG-Owl (mllm_fast)", (), mplug_owl),
 )
 
 
@@ -132,6 +154,22 @@ def _opt(size: Size) -> Any:
         hidden_size=size.text_dim,
         word_embed_proj_dim=size.text_dim,
         ffn_dim=4 * size.text_dim,
+        num_hidden_layers=size.text_layers,
+        num_attention_heads=size.text_dim // 64,
+        max_position_embeddings=2048,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+def _llama(size: Size) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.text_dim,
+        intermediate_size=size.text_dim * 8 // 3 // 64 * 64,
         num_hidden_layers=size.text_layers,
         num_attention_heads=size.text_dim // 64,
         max_position_embeddings=2048,

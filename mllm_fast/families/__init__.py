@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -30,6 +30,7 @@ class Entry:
             `fused_state(module, options, context) -> FusedState` that raises `CannotFuseError` where it cannot serve.
         ops: the public ops its forward runs.
         min_level: the fuse level from which the class is swapped.
+        graphs: whether its runs may be captured as CUDA graphs; "only": that is all the drop-in is for.
 
     An entry without ops is a wrapper: its forward prepares and calls `super().forward`, so that a subclass may have a
     forward of its own.
@@ -40,6 +41,7 @@ class Entry:
     dropin: str
     ops: tuple[str, ...]
     min_level: int = 0
+    graphs: Literal["no", "yes", "only"] = "no"
 
     def load(self) -> type[nn.Module]:
         return getattr(importlib.import_module(f"mllm_fast.families.{self.family}"), self.dropin)
@@ -53,6 +55,7 @@ _BLOCK_OPS = ("norm_linear", "attention", "linear_residual")
 _RESAMPLER_OPS = ("stacked_linear", "attention", "linear_residual", "norm_linear")
 _QFORMER_OPS = ("stacked_linear", "attention", "linear_residual", "norm_linear", "grouped_linear")
 _BLIP2 = "transformers.models.blip_2.modeling_blip_2"
+_IDEFICS2 = "transformers.models.idefics2.modeling_idefics2"
 _INSTRUCTBLIP = "transformers.models.instructblip.modeling_instructblip"
 _INSTRUCTBLIP_VIDEO = "transformers.models.instructblipvideo.modeling_instructblipvideo"
 
@@ -63,8 +66,14 @@ _ENTRIES = (
         "FusedGatedCrossAttentionBlock",
         _BLOCK_OPS,
     ),
-    Entry("open_flamingo.src.helpers.PerceiverResampler", "open_flamingo", "FusedPerceiverResampler", _RESAMPLER_OPS),
-    Entry("open_flamingo.src.flamingo.Flamingo", "open_flamingo", "FusedFlamingo", (), 1),
+    Entry(
+        "open_flamingo.src.helpers.PerceiverResampler",
+        "open_flamingo",
+        "FusedPerceiverResampler",
+        _RESAMPLER_OPS,
+        graphs="yes",
+    ),
+    Entry("open_flamingo.src.flamingo.Flamingo", "open_flamingo", "FusedFlamingo", (), 1, graphs="yes"),
     Entry("open_flamingo.src.flamingo_lm.FlamingoLMMixin", "open_flamingo", "FusedFlamingoLMMixin", (), 1),
     Entry(
         "flamingo_pytorch.flamingo_pytorch.GatedCrossAttentionBlock",
@@ -77,6 +86,7 @@ _ENTRIES = (
         "flamingo_pytorch",
         "FusedPerceiverResampler",
         _RESAMPLER_OPS,
+        graphs="yes",
     ),
     Entry(
         "transformers.models.idefics.modeling_idefics.IdeficsGatedCrossAttentionLayer",
@@ -89,8 +99,17 @@ _ENTRIES = (
         "idefics",
         "FusedIdeficsPerceiverResampler",
         _RESAMPLER_OPS,
+        graphs="yes",
     ),
-    Entry("transformers.models.idefics.modeling_idefics.IdeficsModel", "idefics", "FusedIdeficsModel", ()),
+    Entry(
+        "transformers.models.idefics.modeling_idefics.IdeficsDecoupledEmbedding",
+        "idefics",
+        "FusedIdeficsDecoupledEmbedding",
+        ("splice_rows",),
+    ),
+    Entry(
+        "transformers.models.idefics.modeling_idefics.IdeficsModel", "idefics", "FusedIdeficsModel", (), graphs="yes"
+    ),
     Entry(
         "transformers.models.idefics.modeling_idefics.IdeficsForVisionText2Text",
         "idefics",
@@ -132,7 +151,7 @@ _ENTRIES = (
         ("norm_linear", "attention"),
     ),
     Entry(f"{_BLIP2}.Blip2QFormerLayer", "blip2", "FusedBlip2QFormerLayer", _QFORMER_OPS),
-    Entry(f"{_BLIP2}.Blip2QFormerModel", "blip2", "FusedBlip2QFormerModel", ()),
+    Entry(f"{_BLIP2}.Blip2QFormerModel", "blip2", "FusedBlip2QFormerModel", (), graphs="yes"),
     Entry(f"{_BLIP2}.Blip2ForConditionalGeneration", "blip2", "FusedBlip2ForConditionalGeneration", ()),
     Entry(f"{_BLIP2}.Blip2ForImageTextRetrieval", "blip2", "FusedBlip2ForImageTextRetrieval", ()),
     *(
@@ -140,17 +159,18 @@ _ENTRIES = (
         for path, name in ((_INSTRUCTBLIP, "InstructBlip"), (_INSTRUCTBLIP_VIDEO, "InstructBlipVideo"))
     ),
     *(
-        Entry(f"{path}.{name}{kind}", "instructblip", f"Fused{name}{kind}", ())
+        Entry(f"{path}.{name}{kind}", "instructblip", f"Fused{name}{kind}", (), graphs=graphs)
         for path, name in ((_INSTRUCTBLIP, "InstructBlip"), (_INSTRUCTBLIP_VIDEO, "InstructBlipVideo"))
-        for kind in ("QFormerModel", "ForConditionalGeneration")
+        for kind, graphs in (("QFormerModel", "yes"), ("ForConditionalGeneration", "no"))
     ),
     Entry(
         "transformers.models.llava.modeling_llava.LlavaMultiModalProjector",
         "llava",
         "FusedLlavaMultiModalProjector",
         ("norm_linear",),
+        graphs="yes",
     ),
-    Entry("transformers.models.llava.modeling_llava.LlavaModel", "llava", "FusedLlavaModel", (), 1),
+    Entry("transformers.models.llava.modeling_llava.LlavaModel", "llava", "FusedLlavaModel", (), 1, graphs="yes"),
     Entry(
         "transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",
         "llava",
@@ -160,6 +180,54 @@ _ENTRIES = (
     ),
     Entry("transformers.models.clip.modeling_clip.CLIPEncoder", "llava", "FusedCLIPEncoder", (), 1),
     Entry("transformers.models.siglip.modeling_siglip.SiglipEncoder", "llava", "FusedSiglipEncoder", (), 1),
+    Entry("mllm_fast.models.minigpt4.MiniGPT4Projection", "minigpt4", "FusedMiniGPT4Projection", ("norm_linear",)),
+    *(
+        Entry(f"transformers.models.{path}VisionModel", "vision_models", f"Fused{name}VisionModel", (), graphs="only")
+        for path, name in (
+            ("blip.modeling_blip.Blip", "Blip"),
+            ("blip_2.modeling_blip_2.Blip2", "Blip2"),
+            ("instructblip.modeling_instructblip.InstructBlip", "InstructBlip"),
+            ("instructblipvideo.modeling_instructblipvideo.InstructBlipVideo", "InstructBlipVideo"),
+        )
+    ),
+    Entry("mllm_fast.models.flamingo.Flamingo", "flamingo", "FusedFlamingo", (), graphs="only"),
+    Entry(
+        "mllm_fast.models.mplug_owl_vision.MplugOwlVisionEncoderLayer",
+        "mplug_owl",
+        "FusedMplugOwlVisionEncoderLayer",
+        ("norm_linear", "attention", "linear_residual"),
+    ),
+    Entry(
+        "mllm_fast.models.mplug_owl_vision.MplugOwlVisualAbstractorEncoder",
+        "mplug_owl",
+        "FusedMplugOwlVisualAbstractorEncoder",
+        (),
+        1,
+    ),
+    Entry(
+        "mllm_fast.models.mplug_owl_vision.MplugOwlVisualAbstractorLayer",
+        "mplug_owl",
+        "FusedMplugOwlVisualAbstractorLayer",
+        ("stacked_linear", "attention", "linear_residual", "norm_linear"),
+    ),
+    Entry(
+        f"{_IDEFICS2}.Idefics2PerceiverResampler",
+        "idefics2",
+        "FusedIdefics2PerceiverResampler",
+        _RESAMPLER_OPS,
+        graphs="yes",
+    ),  # fmt: skip
+    Entry(f"{_IDEFICS2}.Idefics2Connector", "idefics2", "FusedIdefics2Connector", ("norm_linear",)),
+    Entry(
+        "transformers.models.mllama.modeling_mllama.MllamaCrossAttentionDecoderLayer",
+        "mllama",
+        "FusedMllamaCrossAttentionDecoderLayer",
+        _BLOCK_OPS,
+    ),
+    Entry("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes", "FusedLinear4bit", ("quantized_linear",)),
+    Entry("bitsandbytes.nn.modules.Linear8bitLt", "bitsandbytes", "FusedLinear8bitLt", ("quantized_linear",)),
+    Entry("peft.tuners.lora.bnb.Linear4bit", "peft", "FusedLoraLinear4bit", ("quantized_linear",)),
+    Entry("peft.tuners.lora.bnb.Linear8bitLt", "peft", "FusedLoraLinear8bitLt", ("quantized_linear",)),
 )
 REGISTRY = {entry.upstream: entry for entry in _ENTRIES}
 
@@ -170,6 +238,7 @@ FIXES = {
     "missing_media_locations": "a block without media_locations lets every token see every image",
     "num_return_sequences": "several returned sequences per sample share the sample's images",
     "masked_row_gradients": "eager fp16 gradients of rows that see no image are 0 instead of NaN",
+    "rows_without_image": "Mllama's tokens that see no image attend to nothing instead of to every tile",
     "encoder_attention_mask": "BLIP's cross-attention hides the padding that this mask names instead of ignoring it",
 }
 

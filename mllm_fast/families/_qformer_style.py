@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +12,14 @@ from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
 from ..kernels.attention import Mask
 from ..modules import children
-from ..modules.media_context import MediaContext
-from ..modules.qformer import (
-    AttentionNames,
-    FfnNames,
-    Layer,
-    LayerCall,
-    QFormerLayerSpec,
-    absorbs,
-    project_images,
-    run_layer,
-)
+from ..modules.media_context import MediaContext, one_row_each
+from ..modules.qformer import run_layer
+from ..modules.qformer_projections import absorbs, project_images
+from ..modules.qformer_spec import AttentionNames, FfnNames, Layer, LayerCall, QFormerLayerSpec
+from ..modules.rows import Parts, Rows, defers_norm, joined, may_defer
 from ..modules.state import FusedState, Options
 from . import CannotFuseError, state_of
+from ._transformers import activation_name, asked_for, hooked, watched
 
 # The keyword by which a fused Q-Former tells its layers what to do; without it a layer runs upstream's forward.
 CALL = "mllm_fast_call"
@@ -59,19 +50,6 @@ def _ffn(up: str, down: str) -> FfnNames:
     return FfnNames(up=f"{up}.dense", down=f"{down}.dense", norm=f"{down}.LayerNorm", dropout=f"{down}.dropout")
 
 
-# Upstream activation classes, by name, and what `ops.norm_linear` calls the function.
-_ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "squared_relu",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
-
-
 def layer_spec(layer: nn.Module) -> QFormerLayerSpec:
     """The spec of a Q-Former layer.
 
@@ -79,15 +57,12 @@ def layer_spec(layer: nn.Module) -> QFormerLayerSpec:
         CannotFuseError: an activation that no kernel computes, or a feed-forward network that is computed in chunks.
     """
     attention = layer.attention.attention
-    activation = type(layer.intermediate_query.intermediate_act_fn).__name__
-    if activation not in _ACTIVATIONS:
-        raise CannotFuseError(f"its feed-forward activation is {activation}, which no kernel computes")
     if layer.chunk_size_feed_forward > 0:
         raise CannotFuseError("chunk_size_feed_forward is set, and a fused network is computed whole")
     return QFormerLayerSpec(
         heads=attention.num_attention_heads,
         head_dim=attention.attention_head_size,
-        activation=_ACTIVATIONS[activation],
+        activation=activation_name(layer.intermediate_query.intermediate_act_fn),
         attention=_ATTENTION,
         cross=_CROSS if layer.has_cross_attention else None,
         query_ffn=_ffn("intermediate_query", "output_query"),
@@ -111,10 +86,18 @@ class ModelState:
         return FusedState(type(module), options, None, context)
 
 
-def run(layer: nn.Module, x: Tensor, source: Tensor | None, call: LayerCall) -> Tensor | tuple[Tensor, Tensor]:
+def run(layer: nn.Module, x: Tensor | Parts, source: Tensor | None, call: LayerCall) -> Any:
     """The forward of a fused layer that was given a call."""
     state: FusedState = layer._mllm_fast
     return run_layer(Layer(layer, state.spec, state), x, source, call)
+
+
+def layer_forward(
+    layer: nn.Module, upstream: Callable[..., Any], x: Tensor | Parts, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The forward of the layer drop-ins: fused inside a fused Q-Former, `upstream`'s own when called by itself."""
+    call = kwargs.pop(CALL, None)
+    return upstream(x, *args, **kwargs) if call is None else run(layer, x, args[1], call)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -131,11 +114,10 @@ def register_outputs(model: nn.Module) -> None:
 
 def runs_upstream(model: nn.Module, masks: tuple[Tensor | None, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the call has to take upstream's path: what is asked for, or what hangs on the modules, is beyond the kernels."""
-    config = model.config
     return (
-        bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+        asked_for("output_attentions", model, kwargs)
         or bool(kwargs.get("is_causal"))
-        or config._attn_implementation not in KNOWN_ATTENTION
+        or model.config._attn_implementation not in KNOWN_ATTENTION
         or any(not isinstance(mask, Tensor) or mask.ndim != 2 for mask in masks if mask is not None)
         or hooked(model.encoder)
         or any(state_of(layer) is None or _hooked_inside(layer) for layer in model.encoder.layer)
@@ -152,28 +134,13 @@ def _hooked_inside(layer: nn.Module) -> bool:
         outputs.append(layer.output)
     bypassed = [*branches, *(branch.attention for branch in branches), *outputs, *ups]
     bypassed += [output.dropout for output in outputs]
-    bypassed += [act for up in ups if isinstance(act := up.intermediate_act_fn, nn.Module)]
+    bypassed += [up.intermediate_act_fn for up in ups]
     return any(map(hooked, bypassed))
-
-
-def hooked(module: nn.Module) -> bool:
-    """`children.hooked`, but for the hooks that transformers leaves behind once hidden states were asked for."""
-    if not children.hooked(module):
-        return False
-    capturing = [
-        getattr(hook, "__module__", "").endswith("output_capturing") for hook in module._forward_hooks.values()
-    ]
-    return not all(capturing) or bool(
-        module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def encode(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Parts,
     image: Tensor | None,
     *,
     query_length: int,
@@ -185,7 +152,7 @@ def encode(
     """All layers of a Q-Former.
 
     Args:
-        x: [B, S, D] embeddings after their norm, `query_length` queries and then text.
+        x: [B, S, D] embeddings after their norm, which may be pending, `query_length` queries and then text.
         image: [I, M, D_image], or None where no queries read one.
         attention_mask: [B, S], nonzero where visible; None: everything is.
         image_mask: [I or B, M], nonzero where visible; None: everything is.
@@ -195,20 +162,21 @@ def encode(
     Returns:
         [B, S, D], or [B, query_length, D] with `only_queries`.
     """
-    batch, length = x.shape[:2]
+    values = x if isinstance(x, Tensor) else x[0].values
+    batch, length = values.shape[:2]
     layers = layers_of(model)
     mask = None
     if attention_mask is not None:
         _check_mask(attention_mask, batch, length, query_length)
-        mask = Mask(key_padding=attention_mask.to(x.device, torch.bool))
+        mask = Mask(key_padding=attention_mask.to(values.device, torch.bool))
     cross_mask, projected, absorbed = None, [None] * len(layers), False
     if image is not None and query_length:
         _check_images(image, batch, image_index)
         image = one_if_shared(image, layers[0].state.options) if image_index is None else image
-        image = image.to(x.dtype)
+        image = image.to(values.dtype)
         seen = _per_row(image_mask, image.shape[0], batch, image_index)
-        cross_mask = None if seen is None else Mask(key_padding=seen.to(x.device, torch.bool))
-        absorbed = image_index is None and absorbs(layers, x, image, query_length)
+        cross_mask = None if seen is None else Mask(key_padding=seen.to(values.device, torch.bool))
+        absorbed = image_index is None and absorbs(layers, values, image, query_length)
         if absorbed and seen is not None and bool(seen.all()):
             cross_mask = None  # absorbing is for CPUs, where reading a value costs nothing
         if not absorbed:
@@ -219,7 +187,7 @@ def encode(
 
 def run_layers(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Parts,
     image: Tensor | None,
     projected: Sequence[Tensor | None],
     call: LayerCall,
@@ -229,7 +197,7 @@ def run_layers(
     """Call the layers of a fused Q-Former one after another, as modules, so that their hooks and checkpointing run.
 
     Args:
-        x: [B, S, D] embeddings after their norm.
+        x: [B, S, D] embeddings after their norm, which may be pending.
         image: [I, M, D_image] features.
         projected: for each layer its keys and values of the image (`project_images`), or with `call.past` those that its
             self-attention sees first; None lets it read the features.
@@ -241,11 +209,16 @@ def run_layers(
     """
     kept: list[Tensor] = []
     last = len(projected) - 1
-    by_features, by_projection = call, dataclasses.replace(call, projected=not call.past)
+    # No norm may be pending where somebody else sees what a layer hands on.
+    defers = may_defer((x if isinstance(x, Tensor) else x[0].values).device.type) and not watched(model.encoder.layer)
+    if not defers and not isinstance(x, Tensor):
+        x = joined(x)
+    by_features = dataclasses.replace(call, defers=True) if defers else call
+    by_projection = dataclasses.replace(by_features, projected=not call.past)
     for i, (layer, keys_values) in enumerate(zip(model.encoder.layer, projected, strict=True)):
         own = by_features if keys_values is None else by_projection
-        if i == last and rows is not None:
-            own = dataclasses.replace(own, rows=rows)
+        if i == last and (defers or rows is not None):
+            own = dataclasses.replace(own, rows=rows, defers=False)
         # What may need gradients goes by position, where reentrant checkpointing looks for it.
         source = image if keys_values is None and layer.has_cross_attention else keys_values
         x = layer(x, None, source, **{CALL: own})
@@ -276,7 +249,7 @@ def _per_row(x: Tensor | None, images: int, rows: int, image_index: Tensor | Non
         return x
     if image_index is not None:
         return x[image_index]
-    return x if images == rows else x.repeat_interleave(rows // images, dim=0)
+    return one_row_each(x, rows)
 
 
 def _check_images(image: Tensor, rows: int, image_index: Tensor | None) -> None:
@@ -299,81 +272,16 @@ def _check_mask(mask: Tensor, rows: int, length: int, query_length: int) -> None
         )
 
 
-def embed(model: nn.Module, x: Tensor, norm: nn.Module, dropout: nn.Module) -> Tensor:
-    """dropout(norm(x)) of embeddings x [B, S, D], in the norm's dtype; a batch made by `expand` stays one row of memory."""
+def embed(model: nn.Module, x: Tensor, norm: nn.Module, dropout: nn.Module) -> Tensor | Parts:
+    """dropout(norm(x)) of embeddings x [B, S, D], in the norm's dtype; a batch made by `expand` stays one row of memory.
+
+    The norm may be left to the first layer.
+    """
     batch, drops = x.shape[0], hooked(dropout) or (dropout.training and dropout.p > 0)
     if not drops:
         x = one_if_shared(x, model._mllm_fast.options)
-    x = children.normalize(x.to(norm.weight.dtype), norm)
+    x, read = x.to(norm.weight.dtype), children.read_norm(norm)
+    if not drops and read is not None and model._mllm_fast.options.level >= 1 and defers_norm(x, read.weight, read.bias):
+        return (Rows(x.expand(batch, -1, -1), read),)
+    x = children.normalize(x, norm)
     return dropout(x) if drops else x.expand(batch, -1, -1)
-
-
-_only_queries: ContextVar[bool] = ContextVar("mllm_fast_only_queries", default=False)
-
-
-@contextlib.contextmanager
-def reading_only_queries() -> Iterator[None]:
-    """While it lasts, nobody reads the text rows of a Q-Former's output, and its last layer may leave them out."""
-    token = _only_queries.set(True)
-    try:
-        yield
-    finally:
-        _only_queries.reset(token)
-
-
-def only_queries() -> bool:
-    """Whether `reading_only_queries` is in force; under a trace, which cannot see it, never."""
-    return not torch.compiler.is_compiling() and _only_queries.get()
-
-
-@functools.cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-def check_prompt(model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Compare the image tokens of a prompt with the images, which upstream pairs up silently or not at all.
-
-    Args:
-        model: with `num_query_tokens` and the image token in its config.
-        function: upstream's forward or generate, about to be called with `args` and `kwargs`.
-
-    Raises:
-        ValueError: see `check_image_tokens`.
-    """
-    given = _signature(function).bind(model, *args, **kwargs).arguments
-    input_ids, pixels = given.get("input_ids"), given.get("pixel_values")
-    encoded = next(iter((given.get("mm_encoder_outputs") or {}).values()), None)
-    if input_ids is None or (pixels is None and encoded is None) or torch.compiler.is_compiling():
-        return
-    token = getattr(
-        model.config, "video_token_index" if hasattr(model.config, "video_token_index") else "image_token_index"
-    )
-    features = model.config.num_query_tokens
-    # An image, or a frame of a video, is what lies in the last three dimensions.
-    images = pixels.shape[:-3].numel() if pixels is not None else encoded.pooler_output.shape[:-1].numel() // features
-    check_image_tokens(input_ids, token, features, images)
-
-
-def check_image_tokens(input_ids: Tensor, token: int | None, features: int, images: int) -> None:
-    """Raise unless each of the images has its tokens in the prompt.
-
-    Args:
-        input_ids: [B, L].
-        token: id of the image token.
-        features: positions of the prompt that one image fills.
-        images: how many images (or frames) there are.
-
-    Raises:
-        ValueError: there is no image token id, the counts differ, or a row holds part of an image.
-    """
-    if token is None:
-        raise ValueError("config.image_token_index is None, so no token of input_ids stands for an image; set it")
-    counts = (input_ids == token).sum(dim=-1).tolist()
-    if sum(counts) == images * features and not any(count % features for count in counts):
-        return
-    rows = ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")
-    raise ValueError(
-        f"input_ids hold {sum(counts)} image tokens (id {token}; row by row: {rows}), but {images} images of {features} "
-        f"tokens each need {images * features}; put {features} image tokens into the prompt for each image"
-    )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import activations
 from transformers.utils import output_capturing
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..modules import children
+from ..modules.graphs import PASSIVE_HOOKS
 from . import CannotFuseError, named_like_upstream
 
 T = TypeVar("T")
+
+PASSIVE_HOOKS.add(output_capturing.__name__)
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
@@ -65,13 +69,20 @@ def hooked(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) != recorder for hook in module._forward_hooks.values())
 
 
+def watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether anybody sees what these modules are given or hand on: a hook, also of all modules, or a recording."""
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    return any(
+        hooked(module) or output_capturing._active_collector.get() is not None
+        for module in modules
+        if children.hooked(module)
+    )
+
+
 def asked_for(output: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the caller or the config wants `output` ("output_attentions", "output_hidden_states")."""
     wanted = kwargs.get(output)
     config = getattr(module, "config", None)
     return bool(getattr(config, output, False) if wanted is None else wanted)
-
-
-def one_row_each(media: Tensor, rows: int) -> Tensor:
-    """Copies of the media rows [B_media, ...] for `rows` text rows, for the paths that run upstream's attention."""
-    return media if media.shape[0] == rows else media.repeat_interleave(rows // media.shape[0], dim=0)

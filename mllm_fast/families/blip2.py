@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -18,18 +17,17 @@ from transformers.models.blip_2.modeling_blip_2 import (
     merge_with_config_defaults,
 )
 
+from ..modules.graphs import replayed
 from ..modules.state import FusedState
 from . import named_like_upstream, state_of
+from ._prompts import checks_prompt, only_queries
 from ._qformer_style import (
-    CALL,
     LayerState,
     ModelState,
-    check_prompt,
     embed,
     encode,
-    only_queries,
+    layer_forward,
     register_outputs,
-    run,
     runs_upstream,
     unshared,
 )
@@ -40,10 +38,7 @@ class FusedBlip2QFormerLayer(Blip2QFormerLayer, LayerState):
     """Drop-in for `Blip2QFormerLayer`: fused inside a fused Q-Former, upstream's own when called by itself."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = kwargs.pop(CALL, None)
-        if call is not None:
-            return run(self, hidden_states, args[1], call)
-        return super().forward(hidden_states, *args, **kwargs)
+        return layer_forward(self, super().forward, hidden_states, args, kwargs)
 
 
 @named_like_upstream
@@ -52,6 +47,7 @@ class FusedBlip2QFormerModel(Blip2QFormerModel, ModelState):
 
     _mllm_fast: FusedState
 
+    @replayed
     def forward(
         self,
         query_embeds: Tensor,
@@ -98,7 +94,7 @@ class FusedBlip2QFormerModel(Blip2QFormerModel, ModelState):
             self,
             x,
             image,
-            query_length=x.shape[1] if query_length is None else query_length,
+            query_length=query_embeds.shape[1] if query_length is None else query_length,
             attention_mask=attention_mask,
             image_mask=image_mask,
             image_index=image_index,
@@ -107,19 +103,10 @@ class FusedBlip2QFormerModel(Blip2QFormerModel, ModelState):
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=hidden[:, 0])
 
 
+@checks_prompt
 @named_like_upstream
 class FusedBlip2ForConditionalGeneration(Blip2ForConditionalGeneration, ModelState):
     """Drop-in for `Blip2ForConditionalGeneration`: says so where image tokens and images do not match."""
-
-    @functools.wraps(Blip2ForConditionalGeneration.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        check_prompt(self, Blip2ForConditionalGeneration.forward, args, kwargs)
-        return super().forward(*args, **kwargs)
-
-    @functools.wraps(Blip2ForConditionalGeneration.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        check_prompt(self, Blip2ForConditionalGeneration.generate, args, kwargs)
-        return super().generate(*args, **kwargs)
 
 
 @named_like_upstream

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.blip.modeling_blip_text import (
     BlipTextLayer,
     BlipTextLMHeadModel,
@@ -18,10 +19,12 @@ from transformers.models.blip.modeling_blip_text import (
 
 from ..modules import children, med
 from ..modules.med import AttentionNames, MakeMask, MedLayerSpec, MedPass
-from ..modules.media_context import MediaContext
-from ..modules.state import FusedState, Options
+from ..modules.media_context import MediaContext, one_row_each
+from ..modules.rows import Rows, may_defer
+from ..modules.state import FusedState, Options, readable_on_host
 from . import named_like_upstream, state_of
-from ._transformers import activation_name, asked_for, hooked, model_dropin, one_row_each
+from ._blip_cache import ImageCacheLayer, capacity, is_static, positions, room_for, split, static_mask
+from ._transformers import activation_name, asked_for, hooked, model_dropin, watched
 
 # The keywords by which the fused models talk to each other: the pass to its layers, the rows of the last layer that are
 # read, and the wish to keep the image's keys and values for the next call.
@@ -30,36 +33,6 @@ PASS, ROWS, KEEP = "mllm_fast_pass", "mllm_fast_rows", "mllm_fast_keep"
 TEXT_INPUTS = ("input_ids", "inputs_embeds", "encoder_embeds", "attention_mask")
 # Inputs of `generate` that hold one row per image and need no copies for beams.
 IMAGE_INPUTS = ("encoder_hidden_states", "encoder_attention_mask")
-
-
-class ImageCacheLayer(DynamicLayer):
-    """The cross-attention part of a cache: keys and values with one row per image, however many beams read it.
-
-    Upstream stores a row per beam and gathers them all at every step of a beam search. Beams stay within their image, so
-    with several text rows to an image there is nothing to reorder or repeat. Keys and values are [images, heads, tokens,
-    head_dim], as in every cache of transformers.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self.rows = rows  # text rows
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder, where each text row has an image row of its own."""
-        if self.rows == self.keys.shape[0]:
-            super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Let `repeats` text rows follow each one: they read the same image row."""
-        self.rows *= repeats
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these text rows; from then on each has an image row of its own."""
-        images = torch.arange(self.rows, device=self.keys.device) // (self.rows // self.keys.shape[0])
-        super().batch_select_indices(images[indices])
-        self.rows = self.keys.shape[0]
 
 
 @named_like_upstream
@@ -87,17 +60,17 @@ class FusedBlipTextLayer(BlipTextLayer):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | Rows,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | Rows:
         """As upstream: hidden_states [B, L, D], encoder_hidden_states [B_image, T, D_image].
 
-        Inside a fused `BlipTextModel` the layer is told what each row sees. Called by itself with a mask or a cache, or
-        asked for attentions, it runs upstream's code.
+        Inside a fused `BlipTextModel` the layer is told what each row sees, and may hand on rows whose norm is pending.
+        Called by itself with a mask or a cache, or asked for attentions, it runs upstream's code.
         """
         told: MedPass | None = kwargs.pop(PASS, None)
         if told is None:
@@ -115,14 +88,16 @@ class FusedBlipTextLayer(BlipTextLayer):
         state, spec = self._mllm_fast, self._mllm_fast.spec
         extend = None if past_key_values is None else functools.partial(self._extend, past_key_values)
         rows = told.rows if told.last is self else None
-        queries = hidden_states.shape[1] if rows is None else len(range(*rows.indices(hidden_states.shape[1])))
+        given = Rows(hidden_states) if isinstance(hidden_states, Tensor) else hidden_states
+        queries = given.length if rows is None else len(range(*rows.indices(given.length)))
         mask = None if told.mask is None else told.mask(queries)
-        x = med.self_attention(self, spec, state, hidden_states, mask, extend=extend, rows=rows)
+        x = med.self_attention(self, spec, state, given, mask, extend=extend, rows=rows)
         if encoder_hidden_states is not None:
-            k, v = self._image_keys_values(told, encoder_hidden_states, past_key_values, x.shape[0])
+            k, v = self._image_keys_values(told, encoder_hidden_states, past_key_values, given.values.shape[0])
             mask = None if told.image_mask is None else told.image_mask(queries)
             x = med.cross_attention(self, spec, state, x, k, v, mask, told.image_index)
-        return med.feed_forward(self, spec, state, x)
+        x = med.feed_forward(self, spec, state, x)
+        return x if told.defers and told.last is not self else x.normalized()
 
     def readable(self) -> bool:
         """Whether nothing watches the children whose own forward is not run."""
@@ -214,16 +189,26 @@ class FusedBlipTextModel(BlipTextModel):
         batch, queries = text.shape[:2]
         if image is not None:
             _check_images(batch, image, image_index)
-        keys = queries + (past.get_seq_length() if past is not None else 0)
+        static = is_static(past)
+        if static:
+            if isinstance(past, StaticCache) and self._caches(kwargs):
+                kwargs["past_key_values"] = past = split(past, self.config)
+            keys, place = capacity(past), positions(past, queries, text.device)
+            if kwargs.get("position_ids") is None and kwargs.get("encoder_embeds") is None:
+                kwargs["position_ids"] = place
+        else:
+            keys, place = queries + (past.get_seq_length() if past is not None else 0), None
         if not self._serves(kwargs, keys):
             if image is not None:
                 _copy_images(kwargs, batch, image_index)
             return super().forward(**kwargs)
         told = MedPass(
-            mask=self._text_mask(kwargs, keys, text.device),
+            mask=self._text_mask(kwargs, keys, batch, place, text.device),
             image_index=image_index,
             last=self._layers()[-1],
             rows=rows,
+            # No norm may be pending where somebody else sees what a layer hands on.
+            defers=may_defer(text.device.type) and not watched(self.encoder.layer),
         )
         if image is not None:
             told.image_mask = self._image_mask(kwargs, image, batch, image_index)
@@ -247,15 +232,17 @@ class FusedBlipTextModel(BlipTextModel):
             return False
         if asked_for("output_attentions", self, kwargs):
             return False
-        if mask is not None and (mask.ndim != 2 or mask.shape[1] != keys):
+        if mask is not None and (
+            mask.ndim != 2 or (mask.shape[1] > keys if is_static(past) else mask.shape[1] != keys)
+        ):
             return False
         if image_mask is not None and image_mask.ndim != 2:
             return False
         if past is None:
             return True
-        # A static cache has room for keys that do not exist yet; one that is not split would mix text and image keys.
-        split = isinstance(past, EncoderDecoderCache) or (isinstance(past, DynamicCache) and self._caches(kwargs))
-        return bool(kwargs.get("is_decoder")) and not past.is_compileable and (image is None or split)
+        # A cache that is not split would mix text and image keys.
+        apart = isinstance(past, EncoderDecoderCache) or (isinstance(past, DynamicCache) and self._caches(kwargs))
+        return bool(kwargs.get("is_decoder")) and (image is None or apart)
 
     def _caches(self, kwargs: dict[str, Any]) -> bool:
         if not kwargs.get("is_decoder") or (self.encoder.gradient_checkpointing and self.training):
@@ -263,10 +250,15 @@ class FusedBlipTextModel(BlipTextModel):
         wanted = kwargs.get("use_cache")
         return bool(self.config.use_cache if wanted is None else wanted)
 
-    def _text_mask(self, kwargs: dict[str, Any], keys: int, device: torch.device) -> MakeMask:
+    def _text_mask(
+        self, kwargs: dict[str, Any], keys: int, batch: int, place: Tensor | None, device: torch.device
+    ) -> MakeMask:
         mask, causal = kwargs.get("attention_mask"), bool(kwargs.get("is_decoder"))
         visible = None if mask is None else mask.to(device, torch.bool)
-        return functools.cache(lambda queries: med.visible_mask(visible, queries, keys, causal=causal))
+        if place is not None:
+            visible = room_for(visible, keys)
+            return _made_once(lambda queries: static_mask(visible, place[:, -queries:], batch, keys))
+        return _made_once(lambda queries: med.visible_mask(visible, queries, keys, causal=causal))
 
     def _image_mask(
         self, kwargs: dict[str, Any], image: Tensor, batch: int, image_index: Tensor | None
@@ -276,13 +268,13 @@ class FusedBlipTextModel(BlipTextModel):
         if mask is None or not self._mllm_fast.fixes("encoder_attention_mask"):
             return None
         # Its heads make a mask of ones at every call, and `generate` hands the same one to every step.
-        if self._mllm_fast.shared.visibility(mask, "all seen", lambda: bool(mask.all())):
+        if readable_on_host(mask) and self._mllm_fast.shared.visibility(mask, "all seen", lambda: bool(mask.all())):
             return None
         visible = mask.to(image.device, torch.bool)
         if image_index is not None and mask.shape[0] != batch:
             visible = visible[image_index]
         visible = one_row_each(visible, batch)
-        return functools.cache(lambda queries: med.visible_mask(visible, queries, visible.shape[1]))
+        return _made_once(lambda queries: med.visible_mask(visible, queries, visible.shape[1]))
 
     def _image_keys_values(
         self, kwargs: dict[str, Any], image: Tensor, keep: bool
@@ -302,6 +294,11 @@ class FusedBlipTextModel(BlipTextModel):
 
 
 _ARGUMENTS = tuple(inspect.signature(BlipTextModel.forward).parameters)[1:]
+
+
+def _made_once(make: MakeMask) -> MakeMask:
+    """`make`, run once for each number of rows; a tracer has no use for that."""
+    return make if torch.compiler.is_compiling() else functools.cache(make)
 
 
 def _check_images(batch: int, image: Tensor, image_index: Tensor | None) -> None:
@@ -360,6 +357,12 @@ class FusedBlipTextLMHeadModel(BlipTextLMHeadModel):
         finally:
             state.extra["generating"] = False
             state.shared.clear()
+
+    def create_masks_for_generate(self, attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any) -> Any:
+        """For a static cache: the small mask, with room for all its keys, where upstream makes one of rows x keys."""
+        if state_of(self.bert) is None:
+            return create_masks_for_generate(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+        return room_for(attention_mask, capacity(past_key_values))
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any

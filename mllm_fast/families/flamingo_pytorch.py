@@ -10,9 +10,9 @@ from ..modules.gated_cross_attention import (
     flamingo_visibility,
     gated_attention,
     gated_ffn,
-    one_row_each,
 )
-from ..modules.media_context import MediaContext
+from ..modules.graphs import replayed
+from ..modules.media_context import MediaContext, one_row_each
 from ..modules.perceiver_resampler import resample
 from ..modules.state import FusedState, Options
 from . import named_like_upstream
@@ -62,6 +62,7 @@ class FusedPerceiverResampler(PerceiverResampler):
     def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
         return FusedState(type(module), options, resampler_spec(module), context)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         """As upstream: x [B, images, tokens, D] or [B, tokens, D] -> [B, images, latents, D]."""
         if resampler_hooked(self):

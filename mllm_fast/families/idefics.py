@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.idefics.modeling_idefics import (
+    IdeficsDecoupledEmbedding,
     IdeficsForVisionText2Text,
     IdeficsGatedCrossAttentionLayer,
     IdeficsModel,
@@ -16,11 +18,13 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from .. import ops
 from ..kernels.attention import MediaSubsets
 from ..modules import children
-from ..modules.gated_cross_attention import GatedCrossAttentionSpec, Names, gated_attention, gated_ffn, one_row_each
-from ..modules.media_context import MediaContext
+from ..modules.gated_cross_attention import GatedCrossAttentionSpec, Names, gated_attention, gated_ffn
+from ..modules.graphs import replayed
+from ..modules.media_context import MediaContext, one_row_each
 from ..modules.perceiver_resampler import LayerNames, PerceiverResamplerSpec, resample
-from ..modules.state import FusedState, Options
+from ..modules.state import FusedState, Options, readable_on_host
 from . import CannotFuseError, named_like_upstream, state_of
+from ._ahead import KEYS_VALUES, project_ahead, taken
 from ._transformers import activation_name, model_dropin
 
 # The keyword by which a fused IdeficsModel hands its layers the [batch, length, images] mask it was given.
@@ -174,7 +178,7 @@ def _seen_tokens(
     media = image_hidden_states.unsqueeze(2)
     if mask is None:
         return media, None
-    if mask.device.type != "cpu" or mask.shape[1] != 1 or not mask.is_floating_point():
+    if not readable_on_host(mask) or mask.shape[1] != 1 or not mask.is_floating_point():
         return None
     rows = gate.shape
 
@@ -233,6 +237,7 @@ class FusedIdeficsPerceiverResampler(IdeficsPerceiverResampler):
         )
         return FusedState(type(module), options, spec, context)
 
+    @replayed
     def forward(self, context: Tensor) -> Tensor:
         """As upstream: context [N, tokens, D] -> [N, latents, D]."""
         bypassed = [child for pair in self.blocks for child in (pair, *pair, pair[1].act)]
@@ -240,6 +245,25 @@ class FusedIdeficsPerceiverResampler(IdeficsPerceiverResampler):
             return super().forward(context)
         state = self._mllm_fast
         return resample(self, state.spec, state, context)
+
+
+@named_like_upstream
+class FusedIdeficsDecoupledEmbedding(IdeficsDecoupledEmbedding):
+    """Drop-in for `IdeficsDecoupledEmbedding`: looks both tables up at once, and waits for no list of the added tokens."""
+
+    _mllm_fast: FusedState
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        return FusedState(type(module), options, None, context)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """As upstream: [B, L] -> [B, L, D]; ids from num_embeddings on are rows of the additional table."""
+        added = self.additional_embedding if self.num_additional_embeddings else None
+        if added is None or type(added) is not nn.Embedding or children.hooked(added) or input_ids.ndim != 2:
+            return super().forward(input_ids)
+        index = (input_ids - self.num_embeddings).clamp(min=-1)
+        return ops.splice_rows(self.weight, added.weight, index, token_ids=input_ids)
 
 
 @model_dropin
@@ -254,7 +278,7 @@ class FusedIdeficsModel(IdeficsModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; text rows may be a multiple of the image rows (beams share their sample's images)."""
-        mask = kwargs.get("image_attention_mask")
+        keys_values, mask = kwargs.pop(KEYS_VALUES, None), kwargs.get("image_attention_mask")
         if mask is None or args or not _all_layers_fused(self):
             return super().forward(*args, **kwargs)
         text = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -270,11 +294,31 @@ class FusedIdeficsModel(IdeficsModel):
                 f"image_attention_mask names {mask.shape[-1]} images but {images} were given; give the mask one column "
                 "per image"
             )
+        self._encode_images(kwargs)
         mask = mask.bool()
         # Upstream spreads the mask it gets over all image tokens. One column, "sees any image", is all it needs for the
         # gate of the rows that see none.
         kwargs["image_attention_mask"] = mask.any(dim=-1, keepdim=True)
-        return super().forward(**kwargs, **{MEDIA_MASK: mask})
+        with taken(self._mllm_fast, self.gated_cross_attn_layers, keys_values):
+            return super().forward(**kwargs, **{MEDIA_MASK: mask})
+
+    def _encode_images(self, kwargs: dict[str, Any]) -> None:
+        """With CUDA graphs: put what vision encoder and resampler make of the pixels in their place, in one replay."""
+        state, pixels = self._mllm_fast, kwargs.get("pixel_values")
+        others = (kwargs.get(name) for name in IMAGE_INPUTS[1:])
+        if state.graphs is None or pixels is None or any(other is not None for other in others):
+            return
+        parts = [self.vision_model, *([self.perceiver_resampler] if self.config.use_resampler else [])]
+
+        def encode(pixels: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+            encoded = self.vision_model(pixels, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
+            return parts[1](encoded) if len(parts) == 2 else encoded
+
+        flat = pixels.to(self.device, self.dtype).flatten(0, 1)
+        interpolate = kwargs.get("interpolate_pos_encoding", False)
+        encoded = state.graphs.call(state.shared.capture, parts, encode, (flat, interpolate))
+        name = "perceiver_embeddings" if len(parts) == 2 else "image_encoder_embeddings"
+        kwargs |= {"pixel_values": None, name: encoded.unflatten(0, pixels.shape[:2])}
 
 
 @model_dropin
@@ -292,6 +336,14 @@ class FusedIdeficsForVisionText2Text(IdeficsForVisionText2Text):
             return super().generate(*args, **kwargs)
         finally:
             self._mllm_fast.shared.clear()
+
+    @functools.wraps(IdeficsForVisionText2Text.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if _all_layers_fused(self.model):
+            name = "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"
+            project_ahead(self._mllm_fast, self.model.gated_cross_attn_layers, inputs.get(name), inputs)
+        return inputs
 
     def _expand_inputs_for_generation(self, **model_kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         if not _all_layers_fused(self.model):

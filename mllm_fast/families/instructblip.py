@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,23 +22,21 @@ from transformers.models.instructblipvideo.modeling_instructblipvideo import (
     InstructBlipVideoQFormerModel,
 )
 
+from ..modules.graphs import replayed
 from ..modules.state import FusedState
 from . import named_like_upstream
+from ._prompts import checks_prompt, only_queries
 from ._qformer_style import (
-    CALL,
     LayerState,
     ModelState,
-    check_prompt,
     embed,
     encode,
-    hooked,
-    only_queries,
-    reading_only_queries,
+    layer_forward,
     register_outputs,
-    run,
     runs_upstream,
     unshared,
 )
+from ._transformers import hooked
 
 
 @named_like_upstream
@@ -45,10 +44,7 @@ class FusedInstructBlipQFormerLayer(InstructBlipQFormerLayer, LayerState):
     """Drop-in for `InstructBlipQFormerLayer`: fused inside a fused Q-Former, upstream's own when called by itself."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = kwargs.pop(CALL, None)
-        if call is not None:
-            return run(self, hidden_states, args[1], call)
-        return super().forward(hidden_states, *args, **kwargs)
+        return layer_forward(self, super().forward, hidden_states, args, kwargs)
 
 
 @named_like_upstream
@@ -56,10 +52,7 @@ class FusedInstructBlipVideoQFormerLayer(InstructBlipVideoQFormerLayer, LayerSta
     """Drop-in for `InstructBlipVideoQFormerLayer`, as `FusedInstructBlipQFormerLayer`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = kwargs.pop(CALL, None)
-        if call is not None:
-            return run(self, hidden_states, args[1], call)
-        return super().forward(hidden_states, *args, **kwargs)
+        return layer_forward(self, super().forward, hidden_states, args, kwargs)
 
 
 @merge_with_config_defaults
@@ -98,19 +91,24 @@ def _fused(
 def _forward(
     model: nn.Module,
     upstream: Callable[..., Any],
-    text: dict[str, Tensor | None],
-    image: Tensor | None,
-    image_mask: Tensor | None,
-    image_index: Tensor | None,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    image_index: Tensor | None,
 ) -> Any:
-    """Upstream's forward where the call needs it, else ours; `text` holds the arguments that are upstream's own."""
+    """Upstream's forward where the call needs it, else ours."""
     register_outputs(model)
+    kwargs |= dict(zip(_ARGUMENTS, args, strict=False))
+    text = {name: kwargs.pop(name, None) for name in _TEXT}
+    image, image_mask = kwargs.pop("encoder_hidden_states", None), kwargs.pop("encoder_attention_mask", None)
     if runs_upstream(model, (text["attention_mask"], image_mask), kwargs) or hooked(model.embeddings):
         rows = next((x.shape[0] for x in (text["input_ids"], text["query_embeds"]) if x is not None), 0)
         image, image_mask = unshared(image, image_mask, rows, image_index)
         return upstream(**text, encoder_hidden_states=image, encoder_attention_mask=image_mask, **kwargs)
     return _fused(model, **text, image=image, image_mask=image_mask, image_index=image_index, **kwargs)
+
+
+_ARGUMENTS = tuple(inspect.signature(InstructBlipQFormerModel.forward).parameters)[1:]
+_TEXT = ("input_ids", "attention_mask", "position_ids", "query_embeds")
 
 
 @named_like_upstream
@@ -119,26 +117,11 @@ class FusedInstructBlipQFormerModel(InstructBlipQFormerModel, ModelState):
 
     _mllm_fast: FusedState
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        query_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    @replayed
+    @functools.wraps(InstructBlipQFormerModel.forward, assigned=())
+    def forward(self, *args: Any, image_index: Tensor | None = None, **kwargs: Any) -> Any:
         """As upstream, and images may be shared as in `FusedBlip2QFormerModel`."""
-        text = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "query_embeds": query_embeds,
-        }
-        image, image_mask = encoder_hidden_states, encoder_attention_mask
-        return _forward(self, super().forward, text, image, image_mask, image_index, kwargs)
+        return _forward(self, super().forward, args, kwargs, image_index)
 
 
 @named_like_upstream
@@ -147,58 +130,20 @@ class FusedInstructBlipVideoQFormerModel(InstructBlipVideoQFormerModel, ModelSta
 
     _mllm_fast: FusedState
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        query_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    @replayed
+    @functools.wraps(InstructBlipVideoQFormerModel.forward, assigned=())
+    def forward(self, *args: Any, image_index: Tensor | None = None, **kwargs: Any) -> Any:
         """As `FusedInstructBlipQFormerModel`."""
-        text = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "query_embeds": query_embeds,
-        }
-        image, image_mask = encoder_hidden_states, encoder_attention_mask
-        return _forward(self, super().forward, text, image, image_mask, image_index, kwargs)
+        return _forward(self, super().forward, args, kwargs, image_index)
 
 
+@checks_prompt
 @named_like_upstream
 class FusedInstructBlipForConditionalGeneration(InstructBlipForConditionalGeneration, ModelState):
-    """Drop-in for `InstructBlipForConditionalGeneration`: says so where image tokens and images do not match.
-
-    `generate` shows nobody the Q-Former's text rows, so its last layer leaves them out.
-    """
-
-    @functools.wraps(InstructBlipForConditionalGeneration.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        check_prompt(self, InstructBlipForConditionalGeneration.forward, args, kwargs)
-        return super().forward(*args, **kwargs)
-
-    @functools.wraps(InstructBlipForConditionalGeneration.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        check_prompt(self, InstructBlipForConditionalGeneration.generate, args, kwargs)
-        with reading_only_queries():
-            return super().generate(*args, **kwargs)
+    """Drop-in for `InstructBlipForConditionalGeneration`: says so where image tokens and images do not match."""
 
 
+@checks_prompt
 @named_like_upstream
 class FusedInstructBlipVideoForConditionalGeneration(InstructBlipVideoForConditionalGeneration, ModelState):
     """Drop-in for `InstructBlipVideoForConditionalGeneration`, as `FusedInstructBlipForConditionalGeneration`."""
-
-    @functools.wraps(InstructBlipVideoForConditionalGeneration.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        check_prompt(self, InstructBlipVideoForConditionalGeneration.forward, args, kwargs)
-        return super().forward(*args, **kwargs)
-
-    @functools.wraps(InstructBlipVideoForConditionalGeneration.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        check_prompt(self, InstructBlipVideoForConditionalGeneration.generate, args, kwargs)
-        with reading_only_queries():
-            return super().generate(*args, **kwargs)

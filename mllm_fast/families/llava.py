@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -20,14 +21,17 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from .. import ops
+from ..modules.graphs import replayed
 from ..modules.media_context import MediaContext
-from ..modules.projector import ProjectorSpec, project, splice_rows
-from ..modules.state import FusedState, Options
+from ..modules.projector import ProjectorSpec, project, text_rows
+from ..modules.state import FusedState, Options, readable_on_host
 from . import CannotFuseError, named_like_upstream, state_of
 from ._transformers import activation_name, hooked, model_dropin
 
-# The keyword by which a fused LlavaModel tells its vision encoder how many layers to run.
-LAYERS = "mllm_fast_layers"
+# The keywords by which a fused LlavaModel tells its vision encoder how many layers to run, and itself that nobody reads
+# more than the features.
+LAYERS, ONLY_FEATURES = "mllm_fast_layers", "mllm_fast_only_features"
 # What a LlavaModel that is being fused leaves on its vision encoder, which is visited after it.
 _OF_LLAVA = "_mllm_fast_of_llava"
 
@@ -55,6 +59,7 @@ class FusedLlavaMultiModalProjector(LlavaMultiModalProjector):
         spec = ProjectorSpec(("linear_1", "linear_2"), activation_name(module.act))
         return FusedState(type(module), options, spec, context)
 
+    @replayed
     def forward(self, image_features: Tensor) -> Tensor:
         """As upstream: [..., D_image] -> [..., D]."""
         if hooked(self.act):
@@ -134,27 +139,41 @@ class FusedLlavaModel(LlavaModel):
         # The first two are for upstream to complain of; without an image there is nothing to do.
         if (ids is None) == (embeddings is None) or (pixels is not None) == (encoded is not None):
             return super().forward(**kwargs)
-        if encoded is None:
-            settings = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-            with _reading_only_features():
-                encoded = self.get_image_features(
-                    pixel_values=pixels, return_dict=True, **{name: kwargs.get(name) for name in settings}
-                )
-        if embeddings is None:
-            embeddings = self.get_input_embeddings()(ids)
-        features = torch.cat(tuple(encoded.pooler_output), dim=0).to(embeddings.device, embeddings.dtype)
-        places = self.get_placeholder_mask(ids, inputs_embeds=embeddings, image_features=features)[..., 0]
+        features = self._features(pixels, kwargs) if encoded is None else torch.cat(tuple(encoded.pooler_output), dim=0)
+        text, tokens = embeddings, None
+        if ids is not None:
+            text, tokens = text_rows(self.get_input_embeddings(), ids)
+        features = features.to(text.device, text.dtype)
+        places = self.get_placeholder_mask(ids, inputs_embeds=text, image_features=features)[..., 0]
         wanted = kwargs.get("return_dict")
         kwargs |= dict.fromkeys(("input_ids", "pixel_values", "mm_encoder_outputs"))
-        kwargs |= {"inputs_embeds": splice_rows(embeddings, places, features), "return_dict": True}
+        spliced = ops.splice_rows(text, features, ops.image_rows(places), token_ids=tokens)
+        kwargs |= {"inputs_embeds": spliced, "return_dict": True}
         outputs = super().forward(**kwargs)
         outputs.image_hidden_states = features
         return outputs if (self.config.return_dict if wanted is None else wanted) else outputs.to_tuple()
 
+    def _features(self, pixels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The rows [N, D] of all images, and nothing else of the tower: in one replay with CUDA graphs."""
+
+        def encode(pixels: Tensor, **settings: Any) -> Tensor:
+            encoded = self.get_image_features(
+                pixel_values=pixels, return_dict=True, **settings, **{ONLY_FEATURES: True}
+            )
+            return torch.cat(tuple(encoded.pooler_output), dim=0)
+
+        settings = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+        given, state = {name: kwargs.get(name) for name in settings}, self._mllm_fast
+        if state.graphs is None:
+            return encode(pixels, **given)
+        parts = (self.vision_tower, self.multi_modal_projector)
+        return state.graphs.call(state.shared.capture, parts, encode, (pixels,), given)
+
     @functools.wraps(LlavaModel.get_image_features, assigned=())
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream: all layers of the vision tower run, and all outputs are there, unless only the features are read."""
-        if _only_features.get() and not args and not kwargs.get("output_hidden_states"):
+        only = kwargs.pop(ONLY_FEATURES, False) or (not torch.compiler.is_compiling() and _only_features.get())
+        if only and not args and not kwargs.get("output_hidden_states"):
             kwargs |= self._layers_to_run(kwargs.get("vision_feature_layer"))
         return super().get_image_features(*args, **kwargs)
 
@@ -181,8 +200,17 @@ class FusedLlavaModel(LlavaModel):
         """As upstream: which tokens are image tokens, [B, L, 1] bool.
 
         Raises:
-            ValueError: their number is not that of the image features.
+            ValueError: their number is not that of the image features. On a GPU, where upstream waits to find out, that is
+                a device-side assertion: torch reports it at the next call that waits.
         """
+        if input_ids is not None and not readable_on_host(input_ids):
+            places = (input_ids == self.config.image_token_id).unsqueeze(-1).to(inputs_embeds.device)
+            count = image_features.numel() // inputs_embeds.shape[-1]
+            if os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK", "0") != "1":
+                torch._assert_async(
+                    places.sum() == count, f"the images have {count} features, the text not as many places"
+                )
+            return places
         try:
             return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
         except ValueError as error:

@@ -6,22 +6,25 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from open_flamingo.src.flamingo import Flamingo
 from open_flamingo.src.flamingo_lm import FlamingoLMMixin
 from open_flamingo.src.helpers import GatedCrossAttentionBlock, PerceiverResampler
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from ..modules.gated_cross_attention import (
     broadcast_text,
     flamingo_visibility,
     gated_attention,
     gated_ffn,
-    one_row_each,
 )
-from ..modules.media_context import MediaContext
+from ..modules.graphs import replayed
+from ..modules.media_context import MediaContext, one_row_each
 from ..modules.perceiver_resampler import resample
-from ..modules.state import FusedState, Options
+from ..modules.state import FusedState, Options, readable_on_host
 from . import named_like_upstream
+from ._ahead import KEYS_VALUES, project_ahead, taken
 from ._flamingo_style import block_hooked, block_spec, resampler_hooked, resampler_spec
 
 
@@ -89,6 +92,7 @@ class FusedPerceiverResampler(PerceiverResampler):
     def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
         return FusedState(type(module), options, resampler_spec(module), context)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         """As upstream: x [B, images, frames, tokens, D] -> [B, images, latents, D]."""
         if resampler_hooked(self):
@@ -159,7 +163,20 @@ class FusedFlamingo(Flamingo):
         )
 
     def _encode_vision_x(self, vision_x: Tensor) -> None:
-        super()._encode_vision_x(vision_x[:: self._mllm_fast.extra["copies"]])
+        vision_x, state = vision_x[:: self._mllm_fast.extra["copies"]], self._mllm_fast
+        if state.graphs is None or vision_x.ndim != 6 or vision_x.shape[2] != 1:
+            super()._encode_vision_x(vision_x)  # which says what is wrong with the shape
+            return
+        parts = (self.vision_encoder, self.perceiver)
+        media = state.graphs.call(state.shared.capture, parts, self._media, (vision_x,))
+        for layer in self.lang_encoder._get_decoder_layers():
+            layer.condition_vis_x(media)
+
+    def _media(self, vision_x: Tensor) -> Tensor:
+        """Images [B, I, 1, C, H, W] to media tokens [B, I, n, D]: what upstream does, in one piece."""
+        with torch.no_grad():
+            features = self.vision_encoder(vision_x.flatten(0, 2))[1]
+        return self.perceiver(features.unflatten(0, vision_x.shape[:3]))
 
 
 @named_like_upstream
@@ -167,7 +184,9 @@ class FusedFlamingoLMMixin(FlamingoLMMixin):
     """Drop-in for the language model that `FlamingoLMMixin` extended.
 
     It lets `generate` of transformers 5 drop an all-ones attention mask, and with the fix "generated_image_tokens" an
-    image token that is fed during generation moves only its own row on to the next image.
+    image token that is fed during generation moves only its own row on to the next image. Upstream asks at every step
+    whether any token is an image token; on a device or in a trace, where the answer would have to be waited for, what
+    follows from it is computed there.
     """
 
     _mllm_fast: FusedState
@@ -177,18 +196,51 @@ class FusedFlamingoLMMixin(FlamingoLMMixin):
         return FusedState(type(module), options, None, context)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        continuing = (
-            self._mllm_fast.fixes("generated_image_tokens")
-            and self._use_cached_vision_x
-            and self.is_conditioned()
-            and bool((input_ids == self.media_token_id).any())
-        )
-        if not continuing:
-            return super().forward(input_ids, attention_mask, **kwargs)
-        layers = self._get_decoder_layers()
-        earlier = layers[0].media_locations
-        with Appending(layers, earlier):
-            return super().forward(input_ids, attention_mask, **kwargs)
+        layers, fixed = self._get_decoder_layers(), self._mllm_fast.fixes("generated_image_tokens")
+        with taken(self._mllm_fast, self._blocks() or (), kwargs.pop(KEYS_VALUES, None)):
+            if not (self._use_cached_vision_x and self.is_conditioned()):
+                return super().forward(input_ids, attention_mask, **kwargs)
+            if not readable_on_host(input_ids):
+                return self._continue(layers, fixed, input_ids, attention_mask, **kwargs)
+            if not fixed or not bool((input_ids == self.media_token_id).any()):
+                return super().forward(input_ids, attention_mask, **kwargs)
+            with Appending(layers, layers[0].media_locations):
+                return super().forward(input_ids, attention_mask, **kwargs)
+
+    def _continue(self, layers: nn.ModuleList, fixed: bool, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A pass over tokens that follow the conditioning's."""
+        new = input_ids == self.media_token_id
+        earlier = one_row_each(layers[0].media_locations, new.shape[0])
+        # As many image tokens as there were before, put at the first new token: blocks sum them up from there.
+        past = F.pad(torch.count_nonzero(earlier, dim=1).unsqueeze(1), (0, new.shape[1] - 1))
+        if fixed:
+            locations, after = past + new, torch.cat((earlier, new), dim=1)
+        else:  # any image token, in whichever row, makes upstream forget the earlier ones of all rows
+            width, forget = max(earlier.shape[1], new.shape[1]), new.any()
+            locations = torch.where(forget, new, past)
+            after = torch.where(forget, *(F.pad(x, (0, width - x.shape[1])) for x in (new, earlier)))
+        for layer in layers:
+            layer.condition_media_locations(locations)
+            layer.condition_use_cached_media(False)
+        try:
+            # Past upstream's mixin, whose part was just done, to the language model's own forward.
+            return super(FlamingoLMMixin, self).forward(input_ids, *args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.condition_media_locations(after)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if blocks := self._blocks():
+            project_ahead(self._mllm_fast, blocks, self._get_decoder_layers()[0].vis_x, inputs)
+        return inputs
+
+    def _blocks(self) -> list[nn.Module] | None:
+        """The gated blocks, where all of them are ours and none sits inside a wrapper."""
+        blocks = [layer.gated_cross_attn_layer for layer in self._get_decoder_layers()]
+        blocks = [block for block in blocks if block is not None]
+        return blocks if all(isinstance(block, FusedGatedCrossAttentionBlock) for block in blocks) else None
 
 
 class Appending:

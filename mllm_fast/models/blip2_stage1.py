@@ -23,7 +23,9 @@ from ..families._qformer_style import embed, layers_of, run_layers
 from ..fusion import fuse
 from ..kernels.attention import Mask
 from ..modules import children
-from ..modules.qformer import LayerCall, Stacks, absorbs, project_images
+from ..modules.qformer_projections import absorbs, project_images
+from ..modules.qformer_spec import LayerCall, Stacks
+from ..modules.rows import Parts
 from .text_decoder import decode_text
 
 IGNORED = -100
@@ -243,7 +245,7 @@ class Blip2Stage1(nn.Module):
             return Images(features, [None] * len(layers), True, stacks)
         return Images(features, project_images(layers, qformer._mllm_fast, features, stacks), False, stacks)
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def _embed(self, x: Tensor) -> Tensor | Parts:
         qformer = self.retrieval.qformer
         return embed(qformer, x, qformer.layernorm, qformer.dropout)
 
@@ -253,8 +255,9 @@ class Blip2Stage1(nn.Module):
 
     def _query_pass(self, images: Images, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Queries that read their image [I, Lq, D], and the keys and values of their self-attention."""
-        x = self._embed(self._queries(images.features.shape[0]))
-        call = LayerCall(x.shape[1], absorbed=images.absorbed, keep=keep, stacks=images.stacks)
+        queries = self._queries(images.features.shape[0])
+        x = self._embed(queries)
+        call = LayerCall(queries.shape[1], absorbed=images.absorbed, keep=keep, stacks=images.stacks)
         return run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call)
 
     def _words(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,18 +74,23 @@ def read_bridge_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_bridge_weights(folder: Path, own: dict[str, Tensor], own_config: dict[str, Any]) -> dict[str, Tensor]:
+def read_bridge_weights(
+    folder: Path, own: dict[str, Tensor], own_config: dict[str, Any], later: dict[str, Any]
+) -> dict[str, Tensor]:
     """The tensors in `folder`, once they are known to fit a model with parameters `own` and configuration `own_config`.
+
+    `later` holds options that files from before them lack, and what these files mean.
 
     Raises:
         FileNotFoundError: `folder` lacks one of the two files.
         BridgeMismatchError: the configuration differs, or tensors are missing, unexpected or of another shape.
     """
     config = read_bridge_config(folder)
+    meant = {**later, **config}
     problems = [
-        f"{name}: the file has {config.get(name, 'nothing')}, the model has {own_config.get(name, 'nothing')}"
-        for name in sorted(config.keys() | own_config.keys())
-        if config.get(name) != own_config.get(name)
+        f"{name}: the file has {meant.get(name, 'nothing')}, the model has {own_config.get(name, 'nothing')}"
+        for name in sorted(meant.keys() | own_config.keys())
+        if meant.get(name) != own_config.get(name)
     ]
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         if json.loads((file.metadata() or {}).get("config", "null")) != config:

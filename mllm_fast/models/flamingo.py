@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import GatedCrossAttentionBlock, PerceiverResampler
+from ..modules.gated_cross_attention import media_keys_values
 from ..modules.media_context import MediaContext
+from ..modules.state import readable_on_host
 from .bridge_file import read_bridge_config, read_bridge_weights, write_bridge
 from .conditioning import (
     Channel,
@@ -30,41 +31,14 @@ from .conditioning import (
     base_model,
     conditioned,
     decoder,
+    device_of,
     recompute_contexts,
     text_width,
 )
+from .flamingo_index import image_index, real_images, up_to
+from .flamingo_options import LATER, FlamingoConfig
 
-
-@dataclass(frozen=True)
-class FlamingoConfig:
-    """The shape of the bridge: what a checkpoint must agree on with the model it is loaded into.
-
-    Args:
-        media_token_id: the token that stands for an image in the text.
-        vision_dim: width D of the vision encoder's patches, and of the media tokens.
-        every: a gated block stands before decoder layers `every - 1`, `2 * every - 1`, ... (counted from 0).
-        latents: media tokens an image becomes.
-        resampler_depth, resampler_heads, resampler_head_dim, resampler_ffn_dim: the resampler (FFN default: 4 * vision_dim).
-        heads, head_dim, ffn_dim: the gated blocks (FFN default: 4 * the language model's width).
-        activation: of both FFNs.
-        gate: "scalar", or "vector" for one gate a channel.
-        train_vision: the vision encoder is part of the bridge: trained, and saved with it. Otherwise it is frozen.
-    """
-
-    media_token_id: int
-    vision_dim: int
-    every: int = 1
-    latents: int = 64
-    resampler_depth: int = 6
-    resampler_heads: int = 8
-    resampler_head_dim: int = 64
-    resampler_ffn_dim: int | None = None
-    heads: int = 8
-    head_dim: int = 64
-    ffn_dim: int | None = None
-    activation: str = "gelu"
-    gate: str = "scalar"
-    train_vision: bool = False
+__all__ = ["Flamingo", "FlamingoConfig"]
 
 
 class Flamingo(nn.Module):
@@ -102,6 +76,8 @@ class Flamingo(nn.Module):
             latents=config.latents,
             ffn_dim=config.resampler_ffn_dim,
             activation=config.activation,
+            max_frames=config.max_frames,
+            max_images=config.max_images,
         )
         self.blocks = nn.ModuleList(
             GatedCrossAttentionBlock(
@@ -115,6 +91,7 @@ class Flamingo(nn.Module):
             )
             for _ in places
         )
+        self.places = tuple(places)
         self._media_context = MediaContext()
         for block in self.blocks:
             block.share(self._media_context)
@@ -134,6 +111,12 @@ class Flamingo(nn.Module):
         self._handles.clear()
         return self.lm
 
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        for hook in self._layer_hooks:
+            hook.checkpoint = False
+        base_model(self.lm).gradient_checkpointing_disable()
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute gated blocks and decoder layers in backward instead of keeping their activations."""
         for hook in self._layer_hooks:
@@ -143,66 +126,99 @@ class Flamingo(nn.Module):
         enable(arguments)
 
     def encode_images(self, images: Tensor, image_mask: Tensor | None = None) -> Tensor:
-        """Images to media tokens: vision encoder, then resampler, over the real images only.
+        """Images or videos to media tokens: vision encoder, then resampler.
 
         Args:
-            images: [B, I, C, H, W].
-            image_mask: [B, I] bool, True for a real image; padding is neither encoded nor visible. Default: all real.
+            images: [B, I, C, H, W], or videos [B, I, F, C, H, W]; an image beside videos is a video of one frame.
+            image_mask: [B, I] bool, True for a real image, or [B, I, F] for the real frames, which come before the padding.
+                Default: all real. Padding is not visible, and where the mask is on the CPU not encoded either; a mask on a
+                GPU is not waited for.
 
         Returns:
             [B, I, n, D]; zeros where there is no image.
+
+        Raises:
+            ValueError: shapes that do not fit, padding before frames, or more frames or images than the embeddings are for.
         """
-        if images.ndim != 5:
+        if images.ndim not in (5, 6):
             raise ValueError(
-                f"images has shape {tuple(images.shape)}; expected [samples, images, channels, height, width]"
+                f"images has shape {tuple(images.shape)}; expected [samples, images, channels, height, width], "
+                "or videos with their frames before the channels"
             )
         samples, count = images.shape[:2]
+        limit = self.config.max_images
+        if limit is not None and count > limit:
+            raise ValueError(f"got {count} images a sample; the resampler has embeddings for {limit} (max_images)")
         if image_mask is None:
-            return self._encode(images.flatten(0, 1)).unflatten(0, (samples, count))
-        if image_mask.shape != (samples, count):
-            raise ValueError(
-                f"image_mask has shape {tuple(image_mask.shape)}; expected {(samples, count)}, as images has"
-            )
-        if not bool(image_mask.any()):
-            return self.resampler.latents.new_zeros(samples, count, self.config.latents, self.config.vision_dim)
-        encoded = self._encode(images[image_mask.bool()])
-        media = encoded.new_zeros(samples, count, *encoded.shape[1:])
-        return media.masked_scatter(image_mask.bool()[:, :, None, None], encoded)
+            numbers = None if limit is None else torch.arange(count, device=images.device).repeat(samples)
+            return self._encode(images.flatten(0, 1), None, numbers).unflatten(0, (samples, count))
+        shapes = [(samples, count), tuple(images.shape[: images.ndim - 3])]
+        if tuple(image_mask.shape) not in shapes:
+            raise ValueError(f"image_mask has shape {tuple(image_mask.shape)}; expected {shapes[0]}, as images has")
+        frames = image_mask.bool().sum(dim=2).flatten() if image_mask.ndim == 3 else None
+        real = real_images(image_mask)
+        numbers = None if limit is None else real.cumsum(dim=1).sub(1).clamp(min=0).flatten()
+        if not readable_on_host(image_mask):
+            # A video of no frames is padding, and its keys may not be empty: it counts as one frame, and is zeroed.
+            parts = (None if frames is None else frames.clamp(min=1), numbers)
+            encoded = self._encode(images.flatten(0, 1), *parts).unflatten(0, (samples, count))
+            return torch.where(real.to(encoded.device)[:, :, None, None], encoded, 0)
+        if image_mask.ndim == 3 and bool((image_mask[..., 1:].bool() & ~image_mask[..., :-1].bool()).any()):
+            raise ValueError("image_mask has padding before a frame; put the frames of each video first")
+        kept = real.flatten().nonzero().squeeze(1)
+        if kept.numel() == 0:
+            return self._no_media(samples, count, images.device)
+        chosen = [None if t is None else t[kept] for t in (frames, numbers)]
+        kept = kept.to(images.device)
+        encoded = self._encode(images.flatten(0, 1)[kept], *chosen)
+        kept = kept.to(encoded.device)
+        media = encoded.new_zeros(samples * count, *encoded.shape[1:])
+        return media.index_copy(0, kept, encoded).unflatten(0, (samples, count))
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def _no_media(self, samples: int, count: int, device: torch.device) -> Tensor:
+        latents = self.resampler.latents
+        device = device if latents.is_meta else latents.device
+        return latents.new_zeros(samples, count, self.config.latents, self.config.vision_dim, device=device)
+
+    def _encode(self, images: Tensor, frames: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
+        """Images [N, C, H, W] or videos [N, F, C, H, W] to [N, n, D].
+
+        Args:
+            frames: [N] how many frames of each video are real; None: all.
+            numbers: [N] which of its sample's images each one is, where the resampler has embeddings for that.
+        """
+        video = images.ndim == 5
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vision):
-            patches = self.vision_encoder(images)
+            patches = self.vision_encoder(images.flatten(0, 1) if video else images)
         patches = getattr(patches, "last_hidden_state", patches)
         if patches.ndim != 3 or patches.shape[-1] != self.config.vision_dim:
             raise ValueError(
                 f"the vision encoder returned shape {tuple(patches.shape)}; "
                 f"expected [images, patches, vision_dim={self.config.vision_dim}]"
             )
-        return self.resampler(patches)
+        patches = patches.unflatten(0, (-1, images.shape[1] if video else 1))
+        if frames is None and self.config.max_frames is None:
+            patches = patches.flatten(1, 2)
+        frames, numbers = (None if t is None else t.to(patches.device) for t in (frames, numbers))
+        return self.resampler(patches, frames=frames, numbers=numbers)
 
-    def image_index(self, input_ids: Tensor, images: int, image_mask: Tensor | None = None) -> Tensor:
+    def image_index(
+        self,
+        input_ids: Tensor,
+        images: int,
+        image_mask: Tensor | None = None,
+        *,
+        next_image: Tensor | bool = False,
+    ) -> Tensor:
         """Which image each token sees: the last one whose media token is not after it (phi of the paper).
 
-        Returns:
-            [B, S] int64; -1 before the first media token.
+        The paper trains with the next image in half of the samples (p_next): pass these as `next_image` [B] bool, and the
+        result as `image_index` to `forward`. See `flamingo_index.image_index`.
 
-        Raises:
-            ValueError: a sample has more media tokens than images.
+        Returns:
+            [B, S] int64; -1 where a token sees none.
         """
-        ordinal = (input_ids == self.config.media_token_id).cumsum(dim=1)
-        needed = ordinal[:, -1]
-        real = needed.new_full(needed.shape, images) if image_mask is None else image_mask.sum(dim=1).expand_as(needed)
-        if bool((needed > real).any()):
-            row = int((needed > real).nonzero()[0])
-            raise ValueError(
-                f"sample {row} has {int(needed[row])} media tokens (id {self.config.media_token_id}) "
-                f"but {int(real[row])} images; pass one image for each media token"
-            )
-        if image_mask is None or images == 0:
-            return ordinal - 1
-        # The k-th media token means the k-th real image, wherever padding stands between them.
-        slots = (~image_mask.bool()).int().argsort(dim=1, stable=True).expand(input_ids.shape[0], -1)
-        return torch.where(ordinal > 0, slots.gather(1, (ordinal - 1).clamp(min=0)), -1)
+        return image_index(input_ids, self.config.media_token_id, images, image_mask, next_image)
 
     def forward(
         self,
@@ -220,10 +236,11 @@ class Flamingo(nn.Module):
 
         Args:
             input_ids: [B, S] int64.
-            images: [B, I, C, H, W], or `media` in their place: [B, I, n, D] as `encode_images` gives it. A batch of 1 serves
-                every row. Neither: text alone.
-            image_mask: [B, I] bool, True for a real image; samples may have different numbers of images.
-            image_index: [B, S] int64, the image each token sees (-1: none), in place of the rule "last image before it".
+            images: [B, I, C, H, W] or videos [B, I, F, C, H, W], or `media` in their place: [B, I, n, D] as `encode_images`
+                gives it. A batch of 1 serves every row. Neither: text alone.
+            image_mask: [B, I] or [B, I, F] bool, True for a real image or frame; samples may have different numbers.
+            image_index: [B, S] int64, the image each token sees (-1: none), in place of the rule "last image before it"; or
+                [B, S, I] bool, any set of images.
             attention_mask: [B, S] (with the length of the cache added, where there is one); padding may be on either side.
             labels: [B, S], -100 where no loss is wanted; the language model shifts them.
             **lm_kwargs: passed on to the language model.
@@ -235,8 +252,9 @@ class Flamingo(nn.Module):
             ValueError: more media tokens than images, or a filled cache without `image_index`.
         """
         past = lm_kwargs.get("past_key_values")
-        offset = 0 if past is None else int(past.get_seq_length())
-        if offset and image_index is None:
+        # A static cache that was used counts its tokens on its device, where they are not asked for.
+        offset = 0 if past is None else past.get_seq_length()
+        if image_index is None and (isinstance(offset, Tensor) or offset):
             raise ValueError(
                 f"the cache holds {offset} tokens whose images are unknown here; pass image_index for the new tokens, "
                 "or use generate()"
@@ -277,6 +295,10 @@ class Flamingo(nn.Module):
             what the language model's `generate` returns: prompt and continuation, [B * sequences, S + new].
         """
         conditioning = self._conditioning(input_ids, images, media, image_mask, None, 0)
+        for block in self.blocks:
+            state = block._mllm_fast
+            held = conditioning.media_on(device_of(block, conditioning.media.device))
+            conditioning.keys_values[id(state)] = media_keys_values(block, block.spec, state, held)
         if attention_mask is not None:
             generate_kwargs["attention_mask"] = attention_mask
         with conditioned(conditioning), self._forgetting(media):
@@ -314,15 +336,16 @@ class Flamingo(nn.Module):
             )
         if index is None:
             index = self.image_index(input_ids, count, image_mask)
-        elif index.shape != input_ids.shape or bool((index >= count).any()):
-            raise ValueError(
-                f"image_index has shape {tuple(index.shape)} and largest entry {int(index.max())}; "
-                f"expected shape {tuple(input_ids.shape)} and entries -1 to {count - 1}"
-            )
+        else:
+            _check_index(index, input_ids, count)
         if media is None or count == 0:
             # One image that no token sees: text alone takes the same path as text before its first image.
-            media = self.resampler.latents.new_zeros(1, 1, self.config.latents, self.config.vision_dim)
-        return Conditioning(self._channel, media, index, offset)
+            media = self._no_media(1, 1, input_ids.device)
+            return Conditioning(self._channel, media, torch.full_like(input_ids, -1), offset)
+        previous = self.config.previous_images and index.dtype != torch.bool
+        if previous and image_mask is not None:
+            index, previous = up_to(index, image_mask), False
+        return Conditioning(self._channel, media, index, offset, previous)
 
     def bridge_state_dict(self) -> dict[str, Tensor]:
         """Only what is trained: resampler, gated blocks, and the vision encoder where it is part of the bridge."""
@@ -345,7 +368,7 @@ class Flamingo(nn.Module):
             BridgeMismatchError: another configuration, or missing, unexpected or misshapen tensors; all are listed.
         """
         own = self.bridge_state_dict()
-        weights = read_bridge_weights(Path(path), own, dataclasses.asdict(self.config))
+        weights = read_bridge_weights(Path(path), own, dataclasses.asdict(self.config), LATER)
         self.load_state_dict(weights, strict=False)
 
     @classmethod
@@ -354,3 +377,18 @@ class Flamingo(nn.Module):
         model = cls(lm, vision_encoder, FlamingoConfig(**read_bridge_config(Path(path))))
         model.load_bridge(path)
         return model
+
+
+def _check_index(index: Tensor, input_ids: Tensor, images: int) -> None:
+    """Raise ValueError unless the index says for each token which image, or which set of images, it sees."""
+    if index.dtype == torch.bool:
+        if tuple(index.shape) != (*input_ids.shape, images):
+            raise ValueError(
+                f"image_index has shape {tuple(index.shape)}; expected {(*input_ids.shape, images)}, a flag for each "
+                "token and image"
+            )
+    elif index.shape != input_ids.shape or (readable_on_host(index) and bool((index >= images).any())):
+        raise ValueError(
+            f"image_index has shape {tuple(index.shape)} and largest entry {int(index.max())}; "
+            f"expected shape {tuple(input_ids.shape)} and entries -1 to {images - 1}"
+        )

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .. import ops
 from ..families._qformer_style import embed, layers_of, run_layers
 from ..kernels.attention import Mask
-from ..modules.qformer import LayerCall, keys_values
+from ..modules.qformer_projections import keys_values
+from ..modules.qformer_spec import LayerCall
 
 if TYPE_CHECKING:
     from .blip2_stage1 import Blip2Stage1

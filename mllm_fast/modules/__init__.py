@@ -2,5 +2,6 @@
 
 from .gated_cross_attention import GatedCrossAttentionBlock
 from .perceiver_resampler import PerceiverResampler
+from .visual_abstractor import VisualAbstractor
 
-__all__ = ["GatedCrossAttentionBlock", "PerceiverResampler"]
+__all__ = ["GatedCrossAttentionBlock", "PerceiverResampler", "VisualAbstractor"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..kernels.linear import ACTIVATIONS, StackedWeight, can_pack, pack_weight, packed_linear
 from ..kernels.norm import Norm
+from .rows import Rows, defers_norm
 from .state import Derived, needs_graph
 
 # RMSNorm classes of other libraries whose forward is weight * x / rms(x) with fp32 statistics, by class name; a family
@@ -69,25 +70,29 @@ def read_norm(module: nn.Module) -> Norm | None:
     return None
 
 
-def normalize(x: Tensor, norm: nn.Module) -> Tensor:
+def normalize(x: Tensor, norm: nn.Module | Norm) -> Tensor:
     """norm(x), fused where the child can be read."""
-    read = read_norm(norm)
+    read = norm if isinstance(norm, Norm) else read_norm(norm)
     return norm(x) if read is None else ops.normalize(x, read)
 
 
 def norm_linear(
     x: Tensor,
-    norm: nn.Module | None,
+    norm: nn.Module | Norm | None,
     linear: nn.Module,
     *,
     activation: str | None = None,
     gate: nn.Module | None = None,
+    head_norm: nn.Module | None = None,
     packs: Derived | None = None,
 ) -> Tensor:
     """act(linear(norm(x))), or act(gate(norm(x))) * linear(norm(x)) for a gated activation.
 
-    `packs` keeps the linears' packed weights, where the model was fused with them.
+    `head_norm` is applied to each head of linear(norm(x)), an ungated result without an activation; the heads are as wide as
+    its weight. `packs` keeps the linears' packed weights, where the model was fused with them.
     """
+    if head_norm is not None:
+        return _head_norm_linear(x, norm, linear, head_norm, packs)
     linears_read = readable_linear(linear) and (gate is None or readable_linear(gate))
     if packs is not None and linears_read and serves_packed(x, linear, gate):
         x = x if norm is None else normalize(x, norm)
@@ -95,9 +100,7 @@ def norm_linear(
             return activate(_packed(x, gate, packs), activation) * _packed(x, linear, packs)
         y = _packed(x, linear, packs)
         return y if activation is None else activate(y, activation)
-    read = None if norm is None else read_norm(norm)
-    if norm is not None and (read is None or not linears_read):
-        x, read = normalize(x, norm), None
+    x, read = _read_or_apply(x, norm, linears_read)
     if linears_read:
         return ops.norm_linear(
             x,
@@ -111,6 +114,26 @@ def norm_linear(
     if gate is not None:
         return activate(gate(x), activation) * linear(x)
     return linear(x) if activation is None else activate(linear(x), activation)
+
+
+def _read_or_apply(x: Tensor, norm: nn.Module | Norm | None, fuses: bool) -> tuple[Tensor, Norm | None]:
+    """x and the norm that is still to be applied to it: `norm` where it can be read and what follows `fuses` it."""
+    if norm is None:
+        return x, None
+    read = norm if isinstance(norm, Norm) else read_norm(norm)
+    return (x, read) if read is not None and fuses else (normalize(x, norm), None)
+
+
+def _head_norm_linear(
+    x: Tensor, norm: nn.Module | Norm | None, linear: nn.Module, head_norm: nn.Module, packs: Derived | None
+) -> Tensor:
+    read, readable = read_norm(head_norm), readable_linear(linear)
+    fuses = readable and read is not None and read.kind == "rms_norm" and read.weight is not None
+    if fuses and not (packs is not None and serves_packed(x, linear)):
+        x, pending = _read_or_apply(x, norm, True)
+        return ops.norm_linear(x, linear.weight, linear.bias, norm=pending, head_norm=read)
+    y = norm_linear(x, norm, linear, packs=packs)
+    return normalize(y.unflatten(-1, (-1, head_norm.weight.shape[0])), head_norm).flatten(-2)
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
@@ -140,6 +163,49 @@ def linear_residual(
     if gate is not None:
         return ops.gated_residual(residual, branch, gate, row_mask)
     return residual + (branch if row_mask is None else branch * row_mask.unsqueeze(-1))
+
+
+def linear_post_norm(
+    x: Tensor,
+    linear: nn.Module,
+    norm: nn.Module,
+    residual: Rows,
+    *,
+    dropout_p: float = 0.0,
+    packs: Derived | None = None,
+    defer: bool = False,
+) -> Rows:
+    """norm(residual + dropout(linear(x))), the post-norm edge of a BERT block; one op where both children can be read.
+
+    Args:
+        x: [..., K].
+        residual: [..., N].
+        dropout_p: 0 in evaluation.
+        packs: keeps the linear's packed weight, where the model was fused with it.
+        defer: leave the norm pending where that saves a launch.
+
+    Returns:
+        [..., N].
+    """
+    read, readable = read_norm(norm), readable_linear(linear)
+    packed = packs is not None and readable and serves_packed(x, linear)
+    if read is None or packed or not readable:
+        y, values = norm_linear(x, None, linear, packs=packs), residual.normalized()
+        if read is not None:
+            return Rows(ops.layer_norm(y, read.weight, read.bias, read.eps, residual=values, dropout_p=dropout_p))
+        return Rows(norm(values + F.dropout(y, dropout_p, dropout_p > 0)))
+    sources = (linear.weight, linear.bias, residual.values, read.weight, read.bias)
+    deferred = defer and dropout_p == 0 and defers_norm(x, *sources)
+    values = ops.linear_residual(
+        x,
+        linear.weight,
+        linear.bias,
+        residual=residual.values,
+        residual_norm=residual.norm,
+        norm=None if deferred else read,
+        dropout_p=dropout_p,
+    )
+    return Rows(values, read if deferred else None)
 
 
 def serves_packed(x: Tensor, *linears: nn.Module | None) -> bool:

@@ -79,22 +79,28 @@ def media_keys_values(
         keys and values, [B, images * tokens, kv_heads, head_dim].
     """
     names = spec.names
-    paths = (names.kv,) if names.kv is not None else (names.k, names.v)
-    projections = [children.resolve(block, path) for path in paths]
-    k_norm = None if names.k_norm is None else children.resolve(block, names.k_norm)
 
     def project(images: Tensor) -> tuple[Tensor, Tensor]:
-        flat = images.flatten(1, 2)
-        projected = [children.norm_linear(flat, None, projection) for projection in projections]
-        k, v = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
-        k = k.unflatten(-1, (spec.kv_heads, spec.head_dim))
-        v = v.unflatten(-1, (spec.kv_heads, spec.head_dim))
-        return (k if k_norm is None else children.normalize(k, k_norm)), v
+        return project_keys_values(block, spec, images.flatten(1, 2))
 
     if state.options.level == 0:
         return project(media)
-    weights = children.weights_of([*projections, *([k_norm] if k_norm is not None else [])])
+    paths = ((names.k, names.v) if names.kv is None else (names.kv,)) + (names.k_norm,)
+    weights = children.weights_of([children.resolve(block, path) for path in paths if path is not None])
     return state.shared.keys_values(id(state), media, weights, project)
+
+
+def project_keys_values(block: nn.Module, spec: GatedCrossAttentionSpec, media: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, normalised where the block does that, and values of media [B, M, D_media]: [B, M, kv_heads, head_dim]."""
+    names, shape = spec.names, (spec.kv_heads, spec.head_dim)
+    k_norm = None if names.k_norm is None else children.resolve(block, names.k_norm)
+    if names.kv is not None:
+        k, v = children.norm_linear(media, None, children.resolve(block, names.kv)).chunk(2, dim=-1)
+        k = k.unflatten(-1, shape)
+        return (k if k_norm is None else children.normalize(k, k_norm)), v.unflatten(-1, shape)
+    k = children.norm_linear(media, None, children.resolve(block, names.k), head_norm=k_norm)
+    v = children.norm_linear(media, None, children.resolve(block, names.v))
+    return k.unflatten(-1, shape), v.unflatten(-1, shape)
 
 
 def attend(
@@ -102,7 +108,7 @@ def attend(
     spec: GatedCrossAttentionSpec,
     state: FusedState,
     x: Tensor,
-    media: Tensor,
+    media: Tensor | tuple[Tensor, Tensor],
     visibility: Visibility | None,
     dropout_p: float = 0.0,
 ) -> Tensor:
@@ -111,7 +117,7 @@ def attend(
     Args:
         x: [B, S, D] text.
         media: [B_media, images, tokens, D_media]; text row b reads media row b // (B / B_media), so the beams of one
-            sample share one copy.
+            sample share one copy. Or its keys and values, [B_media, M, kv_heads, head_dim] each.
         visibility: which images each token sees; None is all of them.
         dropout_p: dropout on the attention probabilities.
 
@@ -120,12 +126,14 @@ def attend(
     """
     names = spec.names
     q = children.norm_linear(
-        x, children.resolve(block, names.norm), children.resolve(block, names.q), packs=state.packs
+        x,
+        children.resolve(block, names.norm),
+        children.resolve(block, names.q),
+        head_norm=None if names.q_norm is None else children.resolve(block, names.q_norm),
+        packs=state.packs,
     )
     q = q.unflatten(-1, (spec.heads, spec.head_dim))
-    if names.q_norm is not None:
-        q = children.normalize(q, children.resolve(block, names.q_norm))
-    k, v = media_keys_values(block, spec, state, media)
+    k, v = media if isinstance(media, tuple) else media_keys_values(block, spec, state, media)
     mask = None if visibility is None else Mask(media=visibility)
     return ops.attention(q, k, v, mask=mask, scale=spec.scale, dropout_p=dropout_p).flatten(-2)
 
@@ -135,7 +143,7 @@ def gated_attention(
     spec: GatedCrossAttentionSpec,
     state: FusedState,
     x: Tensor,
-    media: Tensor,
+    media: Tensor | tuple[Tensor, Tensor],
     visibility: Visibility | None,
     *,
     row_mask: Tensor | None = None,
@@ -152,9 +160,14 @@ def gated_attention(
 
 
 def gated_ffn(
-    block: nn.Module, spec: GatedCrossAttentionSpec, state: FusedState, x: Tensor, dropout_p: float = 0.0
+    block: nn.Module,
+    spec: GatedCrossAttentionSpec,
+    state: FusedState,
+    x: Tensor,
+    dropout_p: float = 0.0,
+    row_mask: Tensor | None = None,
 ) -> Tensor:
-    """x + tanh(gate) * ffn(norm(x)), x [B, S, D]."""
+    """x + tanh(gate) * ffn(norm(x)), x [B, S, D]; `row_mask` [B, S] switches rows of the branch off."""
     names = spec.names
     act_gate = None if names.ffn_act_gate is None else children.resolve(block, names.ffn_act_gate)
     hidden = children.norm_linear(
@@ -166,7 +179,9 @@ def gated_ffn(
         packs=state.packs,
     )
     down, gate = children.resolve(block, names.ffn_down), children.resolve(block, names.ffn_gate)
-    return children.linear_residual(hidden, down, x, gate=gate, dropout_p=dropout_p, packs=state.packs)
+    return children.linear_residual(
+        hidden, down, x, gate=gate, row_mask=row_mask, dropout_p=dropout_p, packs=state.packs
+    )
 
 
 def broadcast_text(x: Tensor, media: Tensor) -> Tensor:
@@ -190,11 +205,6 @@ def broadcast_text(x: Tensor, media: Tensor) -> Tensor:
             "media batch (beams and returned sequences read the media row of their sample)"
         )
     return x
-
-
-def one_row_each(media: Tensor, rows: int) -> Tensor:
-    """The media [B_media, ...] with a row for each of `rows` text rows, for upstream code that cannot share them."""
-    return media if media.shape[0] in (1, rows) else media.repeat_interleave(rows // media.shape[0], dim=0)
 
 
 def flamingo_visibility(

@@ -8,6 +8,8 @@ The unimodal encoder runs it without an image, the image-grounded encoder with o
 with causal self-attention. The layer is written once, over child modules found by role; the families tell which child of an
 upstream class plays which role.
 
+The last norm of each step may be left pending (`rows`).
+
 Images are read by row, not copied: text row b reads the image row b // (B / B_image), or the one that an index names, so
 beams and the texts that are matched with one image share its keys and values. Those of all layers come from one GEMM.
 """
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..kernels.attention import Mask, MediaRanges
 from . import children
-from .qformer import linear_post_norm
+from .rows import Rows
 from .state import FusedState, needs_graph
 
 KeysValues = tuple[Tensor, Tensor]
@@ -78,6 +80,7 @@ class MedPass:
             cache, or the layer projects them itself.
         last: the last layer, the only one that may compute fewer rows.
         rows: the text rows that somebody reads of the last layer's output; None: all.
+        defers: whether a layer but the last may hand on rows whose norm is pending.
     """
 
     mask: MakeMask | None = None
@@ -86,18 +89,19 @@ class MedPass:
     image_keys_values: list[KeysValues] | None = None
     last: nn.Module | None = None
     rows: slice | None = None
+    defers: bool = False
 
 
 def self_attention(
     layer: nn.Module,
     spec: MedLayerSpec,
     state: FusedState,
-    x: Tensor,
+    x: Rows,
     mask: Mask | None,
     *,
     extend: Callable[[Tensor, Tensor], KeysValues] | None = None,
     rows: slice | None = None,
-) -> Tensor:
+) -> Rows:
     """LN(x + W_o attention(x, x)).
 
     Args:
@@ -111,11 +115,12 @@ def self_attention(
     """
     names = spec.self_attention
     query, key, value = (children.resolve(layer, path) for path in (names.query, names.key, names.value))
-    read = x if rows is None else x[:, rows]
+    x = _read_by(x, query, key, value)
+    read = x if rows is None else x.of(x.values[:, rows])
     if rows is None:
         q, k, v = _project(state, "self", x, (query, key, value))
     else:
-        q = children.norm_linear(read, None, query, packs=state.packs)
+        q = children.norm_linear(read.values, read.norm, query, packs=state.packs)
         k, v = _project(state, "self k, v", x, (key, value))
     q, k, v = (t.unflatten(-1, (spec.heads, spec.head_dim)) for t in (q, k, v))
     if extend is not None:
@@ -128,12 +133,12 @@ def cross_attention(
     layer: nn.Module,
     spec: MedLayerSpec,
     state: FusedState,
-    x: Tensor,
+    x: Rows,
     k: Tensor,
     v: Tensor,
     mask: Mask | None,
     image_index: Tensor | None = None,
-) -> Tensor:
+) -> Rows:
     """LN(x + W_o attention(x, image)).
 
     Args:
@@ -145,16 +150,19 @@ def cross_attention(
     """
     names = spec.cross_attention
     assert names is not None, "a layer without cross-attention was given an image"
-    q = children.norm_linear(x, None, children.resolve(layer, names.query), packs=state.packs)
+    query = children.resolve(layer, names.query)
+    x = _read_by(x, query)
+    q = children.norm_linear(x.values, x.norm, query, packs=state.packs)
     q = q.unflatten(-1, (spec.heads, spec.head_dim))
     attended = ops.attention(q, k, v, mask=mask, kv_index=image_index, dropout_p=_dropout(layer, names.dropout))
     return _add_and_norm(layer, state, attended.flatten(-2), names.out, names.out_dropout, names.norm, x)
 
 
-def feed_forward(layer: nn.Module, spec: MedLayerSpec, state: FusedState, x: Tensor) -> Tensor:
+def feed_forward(layer: nn.Module, spec: MedLayerSpec, state: FusedState, x: Rows) -> Rows:
     """LN(x + W_2 act(W_1 x)), x [..., D]."""
     up = children.resolve(layer, spec.ffn_up)
-    hidden = children.norm_linear(x, None, up, activation=spec.activation, packs=state.packs)
+    x = _read_by(x, up)
+    hidden = children.norm_linear(x.values, x.norm, up, activation=spec.activation, packs=state.packs)
     return _add_and_norm(layer, state, hidden, spec.ffn_down, spec.ffn_dropout, spec.ffn_norm, x)
 
 
@@ -186,7 +194,7 @@ def image_keys_values(
         if state.options.level == 0:
             parts = [children.norm_linear(image, None, p) for p in flat]
         else:
-            parts = project_stacked(state, "image", image, flat)
+            parts = project_stacked(state, "image", Rows(image), flat)
         return [part.unflatten(-1, shape) for part in parts]
 
     weights = children.weights_of(flat)
@@ -214,18 +222,19 @@ def own_image_keys_values(layer: nn.Module, spec: MedLayerSpec, image: Tensor) -
     return k.unflatten(-1, (spec.heads, spec.head_dim)), v.unflatten(-1, (spec.heads, spec.head_dim))
 
 
-def project_stacked(state: FusedState, name: Hashable, x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
+def project_stacked(state: FusedState, name: Hashable, x: Rows, linears: Sequence[nn.Module]) -> list[Tensor]:
     """The output of each linear on x: one GEMM for all that can be read, a call for each of the others."""
+    x = _read_by(x, *linears)
     readable = [children.readable_linear(linear) for linear in linears]
     together = [linear for linear, read in zip(linears, readable, strict=True) if read]
     if len(together) < 2:
-        return [children.norm_linear(x, None, linear) for linear in linears]
+        return [children.norm_linear(x.values, x.norm, linear) for linear in linears]
     weights, biases = [linear.weight for linear in together], [linear.bias for linear in together]
     bias = None if all(b is None for b in biases) else biases
     # The pattern of readable ones is part of the name: a LoRA that comes and goes must not meet the other's weights.
     stacked = state.derived.get((name, tuple(readable)), [*weights, *biases], lambda: ops.stack_weights(weights, bias))
-    outputs = iter(ops.stacked_linear(x, stacked))
-    return [next(outputs) if read else linear(x) for linear, read in zip(linears, readable, strict=True)]
+    outputs = iter(ops.stacked_linear(x.values, stacked, norm=x.norm))
+    return [next(outputs) if read else linear(x.values) for linear, read in zip(linears, readable, strict=True)]
 
 
 def visible_mask(visible: Tensor | None, queries: int, keys: int, *, causal: bool = False) -> Mask | None:
@@ -261,7 +270,12 @@ def _blind_rows(visible: Tensor, queries: int, keys: int, causal: bool) -> Tenso
     return (~visible.any(1, keepdim=True)).expand(-1, queries)
 
 
-def _project(state: FusedState, name: str, x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
+def _read_by(x: Rows, *linears: nn.Module) -> Rows:
+    """x with no norm pending, unless all of these can apply it."""
+    return x if x.norm is None or all(map(children.readable_linear, linears)) else Rows(x.normalized())
+
+
+def _project(state: FusedState, name: str, x: Rows, linears: Sequence[nn.Module]) -> list[Tensor]:
     """The output of each linear on x, in one GEMM where that costs no copy of the weights at every call."""
     if state.options.level == 0 or state.packs is not None or torch.compiler.is_compiling():
         together = False
@@ -271,7 +285,7 @@ def _project(state: FusedState, name: str, x: Tensor, linears: Sequence[nn.Modul
         )
     if together:
         return project_stacked(state, name, x, linears)
-    return [children.norm_linear(x, None, linear, packs=state.packs) for linear in linears]
+    return [children.norm_linear(x.values, x.norm, linear, packs=state.packs) for linear in linears]
 
 
 def _dropout(layer: nn.Module, path: str) -> float:
@@ -281,12 +295,15 @@ def _dropout(layer: nn.Module, path: str) -> float:
 
 
 def _add_and_norm(
-    layer: nn.Module, state: FusedState, x: Tensor, out: str, dropout: str, norm: str, residual: Tensor
-) -> Tensor:
-    """norm(residual + dropout(out(x)))."""
-    linear, last, p = children.resolve(layer, out), children.resolve(layer, norm), _dropout(layer, dropout)
-    read = None if state.packs is None else children.read_norm(last)
-    if read is not None and children.readable_linear(linear) and children.serves_packed(x, linear):
-        x = children.norm_linear(x, None, linear, packs=state.packs)
-        return ops.layer_norm(x, read.weight, read.bias, read.eps, residual=residual, dropout_p=p)
-    return linear_post_norm(x, linear, last, residual, dropout_p=p)
+    layer: nn.Module, state: FusedState, x: Tensor, out: str, dropout: str, norm: str, residual: Rows
+) -> Rows:
+    """norm(residual + dropout(out(x))); the norm may be left pending."""
+    return children.linear_post_norm(
+        x,
+        children.resolve(layer, out),
+        children.resolve(layer, norm),
+        residual,
+        dropout_p=_dropout(layer, dropout),
+        packs=state.packs,
+        defer=state.options.level >= 1,
+    )

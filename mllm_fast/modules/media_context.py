@@ -7,13 +7,15 @@ media, or a weight that made them, changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .state import TensorKey, TensorKeys, autocast_key, needs_graph
+from .graphs import Capture, CudaCapture
+from .state import TensorKey, TensorKeys, autocast_key, needs_graph, readable_on_host
 
 KeysValues = tuple[Tensor, Tensor]
 Project = Callable[[Tensor], KeysValues]
@@ -21,6 +23,15 @@ Project = Callable[[Tensor], KeysValues]
 # Generations that may be interleaved on one model before the oldest has to project its images again. The bound keeps a
 # caller who holds thousands of media tensors from holding thousands of keys and values.
 MAX_RECORDS = 4
+
+
+def one_row_each(media: Tensor, rows: int) -> Tensor:
+    """The media rows [B_media, ...] with one for each of `rows` text rows, for code that cannot share them."""
+    if media.shape[0] == rows:
+        return media
+    if media.shape[0] == 1:
+        return media.expand(rows, *media.shape[1:])
+    return media.repeat_interleave(rows // media.shape[0], dim=0)
 
 
 class _Record:
@@ -42,6 +53,7 @@ class _Record:
             and self.media.dtype == media.dtype
             and self.media.device == media.device
             and self.key.matches(self.media)  # nobody wrote to it since
+            and readable_on_host(media)  # on a GPU, looking would cost more than projecting once more
             and torch.equal(media[:, : own[1]], self.media)
         )
 
@@ -54,6 +66,8 @@ class _Record:
 class MediaContext:
     """Shared by all fused modules of one model. It holds no parameters; copies of a model start with an empty one.
 
+    It also holds what captures their CUDA graphs (`capture`), because these share one memory pool.
+
     Records live as long as the caller's media tensor, except the newest, which stays until the next media, until a
     training step, or until `clear` (called at the end of a fused `generate`), so that an image appended in the middle
     of a generation can build on it. Several generations may be interleaved: each media tensor has its own record.
@@ -62,6 +76,8 @@ class MediaContext:
     def __init__(self) -> None:
         self._records: list[_Record] = []
         self._visibility: list[tuple[TensorKey, Hashable, Any]] = []
+        self._given: Mapping[Hashable, KeysValues] = {}
+        self.capture: Capture = CudaCapture()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MediaContext:
         return MediaContext()
@@ -73,6 +89,18 @@ class MediaContext:
         """Forget everything that was computed from media."""
         self._records.clear()
         self._visibility.clear()
+
+    @contextlib.contextmanager
+    def given(self, keys_values: Mapping[Hashable, KeysValues]) -> Iterator[None]:
+        """While it lasts, these layers take these keys and values, which the caller knows to be those of its media.
+
+        For the length of a trace: it holds for all threads.
+        """
+        before, self._given = self._given, keys_values
+        try:
+            yield
+        finally:
+            self._given = before
 
     def keys_values(
         self,
@@ -93,8 +121,12 @@ class MediaContext:
         Returns:
             keys and values, [B, images * tokens, heads, head_dim].
         """
+        if layer in self._given:
+            return self._given[layer]
+        if torch.compiler.is_compiling():
+            return project(media)
         tensors, extra = weights if weights is not None else ((), None)
-        if weights is None or needs_graph(media, *tensors) or torch.compiler.is_compiling():
+        if weights is None or needs_graph(media, *tensors):
             self._forget_dead()
             return project(media)
         extra = (extra, autocast_key(media.device.type))

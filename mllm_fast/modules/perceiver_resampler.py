@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..kernels.attention import Mask
 from ..kernels.linear import StackedWeight, stack_weights
 from ..kernels.norm import Norm
 from . import children
@@ -72,11 +73,14 @@ class PerceiverResamplerSpec:
     final_norm: str
 
 
-def resample(module: nn.Module, spec: PerceiverResamplerSpec, state: FusedState, media: Tensor) -> Tensor:
+def resample(
+    module: nn.Module, spec: PerceiverResamplerSpec, state: FusedState, media: Tensor, mask: Mask | None = None
+) -> Tensor:
     """Run the resampler.
 
     Args:
         media: [N, M, D] features, position embeddings already added; N images or videos of M tokens.
+        mask: of the media tokens, which the latents' own keys and values do not fall under; None: all are visible.
 
     Returns:
         [N, n, D] latents after the final norm.
@@ -89,7 +93,7 @@ def resample(module: nn.Module, spec: PerceiverResamplerSpec, state: FusedState,
     if state.options.level == 0:
         x = x.expand(images, -1, -1)
     for i, (layer, (k, v)) in enumerate(zip(spec.layers, _media_keys_values(module, spec, state, media), strict=True)):
-        x = _attention(module, spec, state, i, x, k, v)
+        x = _attention(module, spec, state, i, x, k, v, mask)
         act_gate = None if layer.ffn_act_gate is None else children.resolve(module, layer.ffn_act_gate)
         hidden = children.norm_linear(
             x,
@@ -104,7 +108,14 @@ def resample(module: nn.Module, spec: PerceiverResamplerSpec, state: FusedState,
 
 
 def _attention(
-    module: nn.Module, spec: PerceiverResamplerSpec, state: FusedState, i: int, x: Tensor, k: Tensor, v: Tensor
+    module: nn.Module,
+    spec: PerceiverResamplerSpec,
+    state: FusedState,
+    i: int,
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
 ) -> Tensor:
     """x + attention(x, [media; x]); x [N or 1, n, D], media keys and values [N, M, kv_heads, head_dim]."""
     layer, images = spec.layers[i], k.shape[0]
@@ -114,7 +125,9 @@ def _attention(
     if layer.k_norm is not None:
         k_norm = children.resolve(module, layer.k_norm)
         k, latent_k = children.normalize(k, k_norm), children.normalize(latent_k, k_norm)
-    attended = ops.attention(q.expand(images, -1, -1, -1), k, v, extra_k=latent_k, extra_v=latent_v).flatten(-2)
+    attended = ops.attention(q.expand(images, -1, -1, -1), k, v, extra_k=latent_k, extra_v=latent_v, mask=mask).flatten(
+        -2
+    )
     out = children.resolve(module, layer.out)
     return children.linear_residual(attended, out, x.expand(images, -1, -1), packs=state.packs)
 
@@ -247,25 +260,35 @@ class PerceiverResampler(nn.Module):
         self.spec = PerceiverResamplerSpec(heads, head_dim, heads, activation, "latents", names, "norm")
         self._mllm_fast = FusedState(type(self), Options(), self.spec)
 
-    def forward(self, media: Tensor) -> Tensor:
+    def forward(self, media: Tensor, *, frames: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         """Resample.
 
         Args:
-            media: [..., M, dim] features of one image each; or, with `max_frames`, [..., F, M, dim] features of the F
-                frames of one video each; with `max_images`, the dimension before those counts a sample's images.
+            media: [..., M, dim] features of one image each; or, with `max_frames` or `frames`, [..., F, M, dim] features of
+                the F frames of one video each, an image being a video of one frame; with `max_images`, the dimension
+                before those counts a sample's images, unless `numbers` say which they are.
+            frames: [...] int64, how many of the F frames each video has; the others are padding, whatever they hold.
+            numbers: [...] int64, which of its sample's images each one is, from 0, below `max_images`.
 
         Returns:
-            [..., latents, dim].
+            [..., latents, dim]: one set of latents for each image or video.
 
         Raises:
             ValueError: more frames or images than there are embeddings for, or a width that does not fit.
         """
+        mask = None
+        if frames is not None:
+            mask = Mask(key_lengths=frames.flatten() * media.shape[-2])
         if self.frame_embeddings is not None:
             media = media + _rows(self.frame_embeddings, media.shape[-3], "frames").unsqueeze(-2)
+        if self.frame_embeddings is not None or frames is not None:
             media = media.flatten(-3, -2)
         if self.image_embeddings is not None:
-            media = media + _rows(self.image_embeddings, media.shape[-3], "images").unsqueeze(-2)
-        resampled = resample(self, self.spec, self._mllm_fast, media.reshape(-1, *media.shape[-2:]))
+            if numbers is None:
+                media = media + _rows(self.image_embeddings, media.shape[-3], "images").unsqueeze(-2)
+            else:
+                media = media + self.image_embeddings[numbers].unsqueeze(-2)
+        resampled = resample(self, self.spec, self._mllm_fast, media.reshape(-1, *media.shape[-2:]), mask)
         return resampled.reshape(*media.shape[:-2], *resampled.shape[1:])
 
 

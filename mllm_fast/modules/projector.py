@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from .. import ops
 from . import children
+from .state import needs_graph
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ def project(module: nn.Module, spec: ProjectorSpec, features: Tensor) -> Tensor:
 def splice_rows(embeddings: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     """The embeddings with `rows` in the places of the image tokens, in order.
 
-    What upstream does by `masked_scatter` with a mask as large as the embeddings (and a prefix sum over it), this does
-    with one index per row; the result is bitwise the same. Gradients go to both.
+    What upstream does by `masked_scatter`, bitwise; see `ops.splice_rows`. Gradients go to both.
 
     Args:
         embeddings: [B, L, D].
@@ -52,8 +52,19 @@ def splice_rows(embeddings: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     Returns:
         [B, L, D].
     """
-    index = torch.nonzero_static(places.flatten(), size=rows.shape[0]).squeeze(1)
-    return embeddings.flatten(0, 1).index_copy(0, index, rows).view(embeddings.shape)
+    return ops.splice_rows(embeddings, rows, ops.image_rows(places))
+
+
+def text_rows(table: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What `ops.splice_rows` takes for the embeddings of `ids` [B, L]: the table and the ids, or the looked-up rows.
+
+    The latter where the embedding is not exactly a look-up, or where its weight is trained: its own backward then leaves
+    out the padding row.
+    """
+    plain = type(table) is nn.Embedding and table.max_norm is None and not children.hooked(table)
+    if not plain or type(table.weight) is not nn.Parameter or needs_graph(table.weight):
+        return table(ids), None
+    return table.weight, ids
 
 
 class Projector(nn.Module):

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .graphs import Graphs
+
 T = TypeVar("T")
 
 
@@ -27,11 +29,18 @@ class Options:
             order of rounding), 2 also folds weights where that changes rounding in half precision.
         fixes: names of the upstream bugs that are mended instead of reproduced.
         prepack: keep a second copy of the weights in oneDNN's layout for CPU inference.
+        cuda_graphs: capture the encoder side per shape of its inputs, and replay it.
     """
 
     level: int = 1
     fixes: frozenset[str] = frozenset()
     prepack: bool = False
+    cuda_graphs: bool = False
+
+    def __str__(self) -> str:
+        fixes = ", ".join(sorted(self.fixes)) or "none"
+        extras = [name for name, on in (("prepacked", self.prepack), ("CUDA graphs", self.cuda_graphs)) if on]
+        return ", ".join([f"level {self.level}, fixes: {fixes}", *extras])
 
 
 class TensorKey:
@@ -106,6 +115,11 @@ def autocast_key(device_type: str) -> Hashable:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+def readable_on_host(tensor: Tensor) -> bool:
+    """Whether looking at the tensor's values waits for no device and breaks no trace."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether autograd, backward or forward mode, will ask for the graph of what is computed from these tensors."""
     if forward_ad._current_level >= 0:  # a dual tensor shares its storage and version with its primal
@@ -116,7 +130,8 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 class Derived:
     """Weights computed from parameters (stacked, folded), kept until one of their sources changes.
 
-    While a source needs a gradient they are computed inside the graph at every call instead.
+    While a source needs a gradient they are computed inside the graph at every call instead, and so they are in a trace:
+    a compiled function could not tell that a source was written to since.
     """
 
     def __init__(self) -> None:
@@ -124,7 +139,9 @@ class Derived:
 
     def get(self, name: Hashable, sources: Sequence[Tensor | None], build: Callable[[], T]) -> T:
         """`build()`, or what it gave the last time where `sources` are what they were then."""
-        if needs_graph(*sources) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return build()
+        if needs_graph(*sources):
             self._entries.pop(name, None)
             return build()
         entry = self._entries.get(name)
@@ -153,6 +170,7 @@ class FusedState:
         spec: the block's frozen description, made by its family.
         shared: what the modules of one fused model share during a forward or a generation (a `MediaContext`).
         derived: weights computed from this module's parameters.
+        graphs: captured runs of this module; None where none are wanted.
         extra: what `unfuse` needs beyond the class.
     """
 
@@ -161,6 +179,7 @@ class FusedState:
     spec: Any = None
     shared: Any = None
     derived: Derived = field(default_factory=Derived)
+    graphs: Graphs | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def fixes(self, name: str) -> bool:
@@ -173,8 +192,9 @@ class FusedState:
         return self.derived if self.options.prepack else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "derived": None}
+        return {**self.__dict__, "derived": None, "graphs": self.graphs is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.derived = Derived()
+        self.graphs = Graphs() if state["graphs"] else None

@@ -18,6 +18,7 @@ SHAPES = [
     Shape(37, 3 * 8, 4, 2, 16, images=3),
     Shape(1, 40, 8, 2, 16),
     Shape(1, 3 * 8, 2, 2, 16, images=3),
+    Shape(7, 19, 2, 2, 16, batch=3, padded=True),
 ]
 
 

@@ -101,7 +101,7 @@ def test_info_lists_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         (("generate",), "required: MODEL, IMAGE"),
         (("generate", "model", "image.png", "--max-new-tokens", "0"), "at least 1, got '0'"),
         (("generate", "model", "image.png", "--max-new-tokens", "many"), "at least 1, got 'many'"),
-        (("generate", "no-such-model", "image.png"), "no-such-model does not exist"),
+        (("generate", "no-such-model", "image.png"), "image.png does not exist"),
     ],
 )
 def test_bad_commands(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], says: str) -> None:
@@ -145,13 +145,14 @@ def test_generate_prints_a_line_per_image(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model, first, second = (tmp_path / name for name in ("model", "1.png", "2.png"))
-    for path in (model, first, second):
+    model.mkdir()
+    for path in (model / captioner.CONFIG_FILE, first, second):
         path.touch()
 
     def generate_captions(
-        path: Path, images: Sequence[Path], prompt: str | None = None, max_new_tokens: int = 1
+        path: str, images: Sequence[Path], prompt: str | None = None, max_new_tokens: int = 1
     ) -> list[str]:
-        assert path == model
+        assert path == str(model)
         return [f"{prompt} {max_new_tokens} {image.name}" for image in images]
 
     monkeypatch.setattr(captioner, "generate_captions", generate_captions)

@@ -6,8 +6,6 @@ import copy
 from typing import Any
 
 import torch
-from builders import randomise
-from instruments import Recorder, Results, backward_results
 from torch import Tensor, nn
 from transformers import (
     BlipConfig,
@@ -18,6 +16,8 @@ from transformers import (
 )
 
 import mllm_fast
+from tests.families.builders import randomise
+from tests.families.instruments import Recorder, Results, backward_results
 
 # A GEMM is recognised by its contraction length: only image keys and values contract over 48, only the second
 # feed-forward GEMM over 80.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from builders import MEDIA_DIM, TEXT_DIM, idefics, luc_block, of_block
 from torch import Tensor, nn
+
+from tests.families.builders import MEDIA_DIM, TEXT_DIM, idefics, luc_block, of_block
 
 TOKENS = 4  # of one image
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from builders import IMAGE_TOKEN
 from torch import Tensor, nn
+
+from tests.families.builders import IMAGE_TOKEN
 
 
 class FlamingoDecoder:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import KINDS, BlockKind
-from builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs, of_resampler
 
 import mllm_fast
+from tests.families.blocks import KINDS, BlockKind
+from tests.families.builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs, of_resampler
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 

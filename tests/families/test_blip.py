@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from blip_models import (
+from torch import nn
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
+
+import mllm_fast
+from tests.families.blip_models import (
     IMAGE,
     LABELS,
     PADDINGS,
@@ -23,7 +31,7 @@ from blip_models import (
     text_model,
     twins,
 )
-from instruments import (
+from tests.families.instruments import (
     Results,
     assert_same,
     assert_within_twice,
@@ -31,14 +39,6 @@ from instruments import (
     check_precision,
     recording,
 )
-from torch import nn
-from transformers import (
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
-)
-
-import mllm_fast
 
 # the text model in its three roles
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from instruments import assert_same, backward_results, recording
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.instruments import assert_same, backward_results, recording
 from tests.families.qformers import DIM, FFN, IMAGE, IMAGE_TOKEN, QUERIES, draw, generator, prompt, retrieval
 
 NAMES = ["blip2", "instructblip", "instructblipvideo"]

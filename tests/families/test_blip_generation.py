@@ -7,11 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from blip_models import IMAGE, TOKENS, check_generation, inputs, model, twins
-from instruments import (
-    Results,
-    check_precision,
-)
 from torch import Tensor, nn
 from transformers import (
     BlipForConditionalGeneration,
@@ -21,6 +16,11 @@ from transformers import (
 )
 
 import mllm_fast
+from tests.families.blip_models import IMAGE, TOKENS, check_generation, inputs, model, twins
+from tests.families.instruments import (
+    Results,
+    check_precision,
+)
 
 # generation
 

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from blip_models import (
+from torch import nn
+from transformers import (
+    BlipForImageTextRetrieval,
+)
+
+from tests.families.blip_models import (
     ALL_KEYS_VALUES,
     BOS,
     FFN,
@@ -22,14 +27,10 @@ from blip_models import (
     text_model,
     twins,
 )
-from instruments import (
+from tests.families.instruments import (
     Recorder,
     assert_same,
     recording,
-)
-from torch import nn
-from transformers import (
-    BlipForImageTextRetrieval,
 )
 
 # images by row

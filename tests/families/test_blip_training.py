@@ -9,7 +9,19 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from blip_models import (
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from transformers import (
+    BlipForImageTextRetrieval,
+)
+
+import mllm_fast
+from mllm_fast import ops
+from tests.families.blip_models import (
     ALL_KEYS_VALUES,
     IMAGE,
     LABELS,
@@ -25,22 +37,10 @@ from blip_models import (
     text_model,
     twins,
 )
-from instruments import (
+from tests.families.instruments import (
     assert_same,
     recording,
 )
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointWrapper,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
-from transformers import (
-    BlipForImageTextRetrieval,
-)
-
-import mllm_fast
-from mllm_fast import ops
 
 # training
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import KINDS, TOKENS, BlockKind
-from builders import (
+from torch import Tensor, nn
+
+import mllm_fast
+from tests.families.blocks import KINDS, TOKENS, BlockKind
+from tests.families.builders import (
     MEDIA_DIM,
     TEXT_DIM,
     idefics,
@@ -21,10 +24,7 @@ from builders import (
     of_model,
     of_resampler,
 )
-from instruments import Recorder, recording
-from torch import Tensor, nn
-
-import mllm_fast
+from tests.families.instruments import Recorder, recording
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import KINDS, BlockKind
-from builders import (
+from open_flamingo.src.flamingo_lm import FlamingoLMMixin
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers import LlamaForCausalLM
+
+import mllm_fast
+from tests.families.blocks import KINDS, BlockKind
+from tests.families.builders import (
     MEDIA_DIM,
     TEXT_DIM,
     idefics,
@@ -20,13 +26,7 @@ from builders import (
     of_inputs,
     of_model,
 )
-from instruments import recording
-from open_flamingo.src.flamingo_lm import FlamingoLMMixin
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from transformers import LlamaForCausalLM
-
-import mllm_fast
+from tests.families.instruments import recording
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 systems = pytest.mark.parametrize("system", ["open_flamingo", "idefics"])

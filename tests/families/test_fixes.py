@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import IMAGE_TOKEN, MEDIA_DIM, TEXT_DIM, idefics, luc_block, of_block, of_inputs, of_model
-from decoders import FlamingoDecoder
-from instruments import Results, assert_within_twice, backward_results
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.builders import IMAGE_TOKEN, MEDIA_DIM, TEXT_DIM, idefics, luc_block, of_block, of_inputs, of_model
+from tests.families.decoders import FlamingoDecoder
+from tests.families.instruments import Results, assert_within_twice, backward_results
 
 BLOCKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "open_flamingo": (of_block, MEDIA_DIM),

@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from builders import IMAGE_TOKEN, MEDIA_DIM, TEXT_DIM, location_cases, luc_block, luc_resampler, of_inputs, palm
-from instruments import Results, assert_same, backward_results, check_precision, run_module
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.builders import (
+    IMAGE_TOKEN,
+    MEDIA_DIM,
+    TEXT_DIM,
+    location_cases,
+    luc_block,
+    luc_resampler,
+    of_inputs,
+    palm,
+)
+from tests.families.instruments import Results, assert_same, backward_results, check_precision, run_module
 
 CASES = {name: (locations, images) for name, locations, images in location_cases()}
 TOKENS = 4

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import KINDS, TOKENS, BlockKind
-from builders import MEDIA_DIM, idefics, luc_resampler, of_resampler
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.blocks import KINDS, TOKENS, BlockKind
+from tests.families.builders import MEDIA_DIM, idefics, luc_resampler, of_resampler
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 

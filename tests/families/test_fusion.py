@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import KINDS, BlockKind
-from builders import (
+from torch import Tensor, nn
+
+import mllm_fast
+from tests.families.blocks import KINDS, BlockKind
+from tests.families.builders import (
     MEDIA_DIM,
     TEXT_DIM,
     idefics,
@@ -25,9 +28,6 @@ from builders import (
     of_resampler,
     palm,
 )
-from torch import Tensor, nn
-
-import mllm_fast
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], int]] = {

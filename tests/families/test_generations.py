@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import idefics, idefics_inputs, of_inputs, of_model
-from decoders import FlamingoDecoder, IdeficsDecoder
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.builders import idefics, idefics_inputs, of_inputs, of_model
+from tests.families.decoders import FlamingoDecoder, IdeficsDecoder
 
 STEPS = 4
 

@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs, idefics_mask
-from instruments import Results, assert_same, assert_within_twice, backward_results, check_precision, run_module
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs, idefics_mask
+from tests.families.instruments import (
+    Results,
+    assert_same,
+    assert_within_twice,
+    backward_results,
+    check_precision,
+    run_module,
+)
 
 MASKS = ["incremental", "many", "scattered", "nothing", "everything"]
 TOKENS = 8

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs
-from instruments import Results, assert_same, backward_results
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs
+from tests.families.instruments import Results, assert_same, backward_results
 
 P = 0.4
 DRAWS = 1500

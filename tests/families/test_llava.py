@@ -9,47 +9,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from builders import randomise
-from instruments import Results, assert_same, backward_results, check_precision, recording
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    SiglipVisionConfig,
 )
 
 import mllm_fast
 from mllm_fast.modules.projector import Projector, splice_rows
-
-# Only the second GEMM of a vision layer's network contracts over 56, so these count the layers that ran.
-TEXT, VISION, FFN, IMAGE_TOKEN, VISION_LAYERS = 40, 32, 56, 90, 4
-PATCHES = 4  # an image's tokens
-
-
-def model(seed: int = 0, *, tower: str = "clip", **options: Any) -> LlavaForConditionalGeneration:
-    vision = {
-        "hidden_size": VISION, "intermediate_size": FFN, "num_hidden_layers": VISION_LAYERS, "num_attention_heads": 4,
-        "image_size": 28, "patch_size": 14,
-    }  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=100, hidden_size=TEXT, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision)
-        if tower == "clip"
-        else SiglipVisionConfig(vision_use_head=False, **vision),
-        text_config=text,
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=PATCHES,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
-        **options,
-    )
-    return randomise(LlavaForConditionalGeneration(config), seed).eval()
+from tests.families.builders import randomise
+from tests.families.instruments import Results, assert_same, backward_results, check_precision, recording
+from tests.families.llava_models import FFN, IMAGE_TOKEN, PATCHES, TEXT, VISION, VISION_LAYERS, inputs, model
 
 
 def twins(upstream: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -57,16 +28,6 @@ def twins(upstream: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
     fused = copy.deepcopy(upstream)
     mllm_fast.fuse(fused, **options)
     return fused, upstream
-
-
-def inputs(*, left: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """Two prompts, the first of two images (one in the middle) and the second of one, and `left` padding tokens there."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 80, (2, 14), generator=generator)
-    ids[0, 1 : 1 + PATCHES], ids[0, 7 : 7 + PATCHES], ids[1, 5 : 5 + PATCHES] = (IMAGE_TOKEN,) * 3
-    mask = torch.ones_like(ids)
-    ids[1, :left], mask[1, :left] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(3, 3, 28, 28, generator=generator)}
 
 
 def results(llava: nn.Module, given: dict[str, Any], dtype: torch.dtype = torch.float64, **kwargs: Any) -> Results:

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders import (
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+import mllm_fast
+from tests.families.builders import (
     MEDIA_DIM,
     TEXT_DIM,
     left_padded,
@@ -18,16 +27,14 @@ from builders import (
     of_model,
     of_resampler,
 )
-from instruments import Results, assert_same, assert_within_twice, backward_results, check_precision, run_module
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    CheckpointWrapper,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
+from tests.families.instruments import (
+    Results,
+    assert_same,
+    assert_within_twice,
+    backward_results,
+    check_precision,
+    run_module,
 )
-
-import mllm_fast
 
 CASES = {name: (locations, images) for name, locations, images in location_cases()}
 TOKENS = 4  # an image's tokens after the resampler

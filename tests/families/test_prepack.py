@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import idefics, idefics_inputs, of_block, of_inputs, of_model, of_resampler
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.builders import idefics, idefics_inputs, of_block, of_inputs, of_model, of_resampler
 
 
 def packed_count(module: nn.Module) -> int:

@@ -9,7 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from instruments import (
+from torch import Tensor, nn
+from transformers import Blip2QFormerModel
+
+import mllm_fast
+from mllm_fast.families._prompts import reading_only_queries
+from tests.families.instruments import (
     Recorder,
     Results,
     assert_same,
@@ -18,11 +23,6 @@ from instruments import (
     check_precision,
     recording,
 )
-from torch import Tensor, nn
-from transformers import Blip2QFormerModel
-
-import mllm_fast
-from mllm_fast.families._qformer_style import reading_only_queries
 from tests.families.qformers import DIM, FFN, IMAGE, KINDS, LAYERS, QUERIES, TOKENS, Kind, draw
 
 CROSS = 3  # layers 0, 2 and 4

@@ -11,12 +11,12 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from blocks import KINDS, BlockKind
-from builders import MEDIA_DIM, idefics, idefics_inputs, of_inputs, of_model, of_resampler, randomise
-from instruments import recording
 from torch import Tensor, nn
 
 import mllm_fast
+from tests.families.blocks import KINDS, BlockKind
+from tests.families.builders import MEDIA_DIM, idefics, idefics_inputs, of_inputs, of_model, of_resampler, randomise
+from tests.families.instruments import recording
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 orders = pytest.mark.parametrize("fuse_first", [True, False], ids=["fuse_first", "wrap_first"])

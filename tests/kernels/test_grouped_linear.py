@@ -97,6 +97,48 @@ def test_low_precision(dtype: torch.dtype) -> None:
     )
 
 
+def deferred(sizes: tuple[int, ...]) -> Op:
+    """Both linear layers of a feed-forward network whose post-norms are left to the readers."""
+
+    def op(x: Tensor, **p: Tensor) -> Tensor:
+        count = len(sizes)
+        norms = [Norm("layer_norm", p[f"g{i}"], p[f"s{i}"], 1e-12) for i in range(count)]
+        ups, downs = ([p[f"{name}{i}"] for i in range(count)] for name in ("w", "v"))
+        hidden = grouped_linear(x, ups, sizes=sizes, activation="gelu", input_norms=norms)
+        return grouped_linear(hidden, downs, sizes=sizes, residual=x, residual_norms=norms)
+
+    return op
+
+
+def undeferred(sizes: tuple[int, ...]) -> Op:
+    def op(x: Tensor, **p: Tensor) -> Tensor:
+        parts = []
+        for i, rows in enumerate(x.split(sizes, 1)):
+            rows = F.layer_norm(rows, rows.shape[-1:], p[f"g{i}"], p[f"s{i}"], 1e-12)
+            parts.append(rows + F.linear(F.gelu(F.linear(rows, p[f"w{i}"])), p[f"v{i}"]))
+        return torch.cat(parts, 1)
+
+    return op
+
+
+def draw_deferred(sizes: tuple[int, ...], k: int) -> Inputs:
+    inputs = {"x": torch.randn(2, sum(sizes), k) + 1}
+    for i in range(len(sizes)):
+        inputs |= {f"w{i}": torch.randn(2 * k, k) / k**0.5, f"v{i}": torch.randn(k, 2 * k) / k}
+        inputs |= {f"g{i}": torch.randn(k), f"s{i}": torch.randn(k)}
+    return inputs
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (0, 2), (2, 1, 4)])
+def test_deferred_post_norms(sizes: tuple[int, ...]) -> None:
+    check_exact(deferred(sizes), undeferred(sizes), draw_deferred(sizes, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deferred_post_norms_low_precision(dtype: torch.dtype) -> None:
+    check_low_precision(deferred((4, 7)), undeferred((4, 7)), lambda: draw_deferred((4, 7), 32), dtype)
+
+
 def test_two_calls_are_the_networks_of_a_qformer_layer() -> None:
     config = Blip2QFormerConfig(
         hidden_size=24, num_attention_heads=4, intermediate_size=40, use_qformer_text_input=True
@@ -159,11 +201,17 @@ def test_errors() -> None:
         grouped_linear(x, [w, w[:, :3]], sizes=(2, 3))
     with pytest.raises(ValueError, match="activation is 'swiglu'"):
         grouped_linear(x, [w, w], sizes=(2, 3), activation="swiglu")
-    with pytest.raises(ValueError, match="come after a residual"):
+    with pytest.raises(ValueError, match="belong to a residual"):
         grouped_linear(x, [w, w], sizes=(2, 3), dropout_p=0.5)
     residual = torch.randn(2, 5, 3)
     with pytest.raises(ValueError, match="excludes residual"):
         grouped_linear(x, [w, w], sizes=(2, 3), residual=residual, activation="gelu")
+    with pytest.raises(ValueError, match="belong to a residual"):
+        grouped_linear(x, [w, w], sizes=(2, 3), residual_norms=[None, Norm("rms_norm")])
+    with pytest.raises(ValueError, match=r"group 1: x has shape \(2, 3, 4\)"):
+        grouped_linear(x, [w, w], sizes=(2, 3), input_norms=[None, Norm("rms_norm", torch.ones(3))])
+    with pytest.raises(ValueError, match="2 norms, 1 input_norms and 2 residual_norms"):
+        grouped_linear(x, [w, w], sizes=(2, 3), input_norms=[None])
     with pytest.raises(ValueError, match="group 0: residual has shape"):
         grouped_linear(x, [w, w], sizes=(2, 3), residual=residual[..., :2])
     with pytest.raises(ValueError, match="x has 2 groups, but residual has 1"):

@@ -338,6 +338,23 @@ def test_errors_name_what_was_wrong() -> None:
         (lambda: norm_linear(x, weight, activation="gelu", gate_weight=weight), "belong to a gated activation"),
         (lambda: norm_linear(x, weight, norm=Norm("rms_norm", torch.ones(6))), r"norm weight has shape \(6,\)"),
         (
+            lambda: norm_linear(x, weight, head_norm=Norm("rms_norm", torch.ones(4))),
+            r"weight of shape \(4,\), but weight has shape \(6, 8\)",
+        ),
+        (
+            lambda: norm_linear(x, weight, head_norm=Norm("rms_norm")),
+            "head_norm is 'rms_norm' with a weight of shape None",
+        ),
+        (lambda: norm_linear(x, weight, head_norm=Norm("layer_norm", torch.ones(3))), "head_norm is 'layer_norm'"),
+        (
+            lambda: norm_linear(x, weight, head_norm=Norm("rms_norm", torch.ones(3)), activation="relu"),
+            "head_norm excludes an activation",
+        ),
+        (
+            lambda: linear_residual(x, weight, residual=residual, residual_norm=Norm("rms_norm", torch.ones(8))),
+            r"norm weight has shape \(8,\), but residual has shape \(2, 3, 6\)",
+        ),
+        (
             lambda: linear_residual(x, weight, residual=x),
             r"residual has shape \(2, 3, 8\), but x with shape \(2, 3, 8\) and weight with shape \(6, 8\)",
         ),

@@ -1,0 +1,160 @@
+"""A model with its processor: image files and a prompt in, text out. For every supported system, from a folder or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+# How a system without a chat template writes a prompt, by `config.model_type`: (images, prompt) -> text. `None` in place of
+# a text: the processor takes none (BLIP then captions without a beginning).
+_PROMPTS: dict[str, Callable[[int, str], str | None]] = {
+    "blip": lambda images, prompt: prompt or None,
+    "blip-2": lambda images, prompt: prompt,
+    "instructblip": lambda images, prompt: prompt,
+    "llava": lambda images, prompt: f"USER: {'<image>' * images}\n{prompt} ASSISTANT:",
+    "idefics2": lambda images, prompt: f"User:{'<image>' * images}{prompt}<end_of_utterance>\nAssistant:",
+    "mllama": lambda images, prompt: f"{'<|image|>' * images}<|begin_of_text|>{prompt}",
+}
+# Systems that read one image a prompt: several images are several prompts.
+_ONE_IMAGE = ("blip", "blip-2", "instructblip")
+# Without a prompt these describe the image; BLIP and BLIP-2 caption it by themselves.
+_DESCRIBE = "Describe the image."
+_CAPTIONERS = ("blip", "blip-2")
+
+
+class UnknownSystemError(ValueError):
+    """A model whose prompts nobody described here."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model and its processor.
+
+    Attributes:
+        model: a `PreTrainedModel` in evaluation mode.
+        processor: its own, from the same place.
+    """
+
+    model: Any
+    processor: Any
+
+    def inputs(self, images: Sequence[Image.Image], prompt: str | None = None) -> dict[str, Any]:
+        """What the model's forward and generate take, on its device and in its dtype.
+
+        Args:
+            images: pictures of any size. A system that reads one image a prompt gets a row for each, another gets one row
+                with all of them.
+            prompt: the question or instruction; None asks for a description.
+
+        Raises:
+            UnknownSystemError: the processor has no chat template, and the system's prompts are not known here.
+        """
+        kind = self.model.config.model_type
+        prompt = prompt if prompt is not None else "" if kind in _CAPTIONERS else _DESCRIBE
+        pictures: Any = list(images)
+        text: Any
+        if getattr(self.processor, "chat_template", None):
+            parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]
+            text = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        elif kind == "idefics":
+            return self._on_device(self.processor(text=[[*images, prompt]], return_tensors="pt"))
+        elif kind not in _PROMPTS:
+            raise UnknownSystemError(
+                f"{type(self.processor).__name__} has no chat template, and prompts for model_type {kind!r} are not known: "
+                f"call the processor yourself; known are {', '.join(sorted({*_PROMPTS, 'idefics'}))}"
+            )
+        else:
+            text = _PROMPTS[kind](1 if kind in _ONE_IMAGE else len(images), prompt)
+            if kind in _ONE_IMAGE and text is not None:
+                text = [text] * len(images)
+            elif kind == "mllama":
+                pictures = [pictures]
+        return self._on_device(self.processor(images=pictures, text=text, return_tensors="pt"))
+
+    @torch.no_grad()
+    def generate(self, images: Sequence[Image.Image], prompt: str | None = None, **kwargs: Any) -> list[str]:
+        """The model's answers: one for each row that `inputs` makes.
+
+        Args:
+            images, prompt: as for `inputs`.
+            **kwargs: of the model's `generate` (`max_new_tokens`, `num_beams`, ...).
+        """
+        inputs = self.inputs(images, prompt)
+        ids = self.model.generate(**inputs, **kwargs)
+        ids = getattr(ids, "sequences", ids)
+        given = inputs.get("input_ids")
+        if given is not None and ids.shape[1] >= given.shape[1] and bool((ids[:, : given.shape[1]] == given).all()):
+            ids = ids[:, given.shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+    def _on_device(self, inputs: Any) -> dict[str, Any]:
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+            for name, value in dict(inputs).items()
+        }
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    *,
+    llm: Literal["nf4", "fp4", "int8"] | None = None,
+    fuse: bool = True,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Pipeline:
+    """A supported system from a local folder or the hub, with its processor.
+
+    Args:
+        name_or_path: a folder that `save_pretrained` wrote, or a name on the hub.
+        llm: "nf4", "fp4" or "int8" quantises the language model as it is loaded; None leaves it.
+        fuse: whether to put the drop-ins in.
+        dtype: default bf16 on a GPU and where the CPU has it, else fp32.
+        device: default the first GPU, or the CPU.
+
+    Raises:
+        OSError: nothing is found under that name; says what was looked for.
+    """
+    from transformers import AutoProcessor
+
+    from .quantization import load
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        narrow = torch.device(device).type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dtype = torch.bfloat16 if narrow else torch.float32
+    model = load(str(name_or_path), llm=llm, fuse=fuse, dtype=dtype, device=device)
+    return Pipeline(model.eval(), AutoProcessor.from_pretrained(str(name_or_path)))
+
+
+def drawn_image(size: int = 224) -> Image.Image:
+    """A picture without a file: three overlapping gradients, the same on every machine."""
+    ramp = torch.linspace(0, 1, size)
+    channels = (ramp[:, None].expand(size, size), ramp.expand(size, size), (ramp[:, None] - ramp).abs())
+    pixels = (torch.stack(channels, dim=-1) * 255).round().byte()
+    return Image.fromarray(pixels.numpy())
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: Pillow cannot read it, or it is cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not an image that Pillow can read, or is damaged; expected a PNG, JPEG or the like"
+        ) from error

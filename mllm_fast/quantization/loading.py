@@ -1,0 +1,196 @@
+"""Load a model with its language model quantised on the way in, and fused."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..fusion import NothingToFuseError, fuse
+from .config import Recipe
+from .quantize import adopt
+from .report import quantization_report
+from .selection import NothingToQuantizeError, Selection, names_to_skip, quantized_layers, select
+
+logger = logging.getLogger(__name__)
+
+_fuse = fuse  # `load` has an argument of that name
+
+
+class ModelNotFoundError(FileNotFoundError):
+    """No model under this name: not a folder, not in the local cache, and not to be had from the hub."""
+
+
+def load(
+    name_or_path: str | Path,
+    llm: Literal["nf4", "fp4", "int8"] | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    fuse: bool = True,
+    level: int = 1,
+    fixes: str | Iterable[str] = (),
+    prepack: bool = False,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    outliers: Literal["llm_int8"] | None = None,
+    skip: Iterable[str] = (),
+    include: Iterable[str] = (),
+    gated_layers: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A model of transformers (BLIP-2, InstructBLIP, LLaVA, Idefics, ... or a language model), quantised and fused.
+
+    The weights are read, quantised and dropped one by one, so that at most the quantised model and one file of the
+    checkpoint are in memory. What is quantised is what `quantize_llm` quantises; `quantization_report(model)` shows
+    it. `model.save_pretrained(folder)` writes the quantised bytes, and `load(folder)` reads the very same back.
+
+    Args:
+        name_or_path: a folder, or a name on the Hugging Face hub.
+        llm: how to quantise the language model; None keeps it as it is in the checkpoint, quantised or not.
+        dtype: of everything that is not quantised.
+        device: where to; default: the first GPU, or the CPU where there is none.
+        device_map: transformers' own way to spread a model, in place of `device`.
+        fuse: put the drop-ins in (`mllm_fast.fuse` with `level`, `fixes` and `prepack`). Quantised layers run mllm_fast's
+            computation in any case.
+        double_quant, compute_dtype, outliers, skip, include, gated_layers: as for `quantize_llm`.
+        **kwargs: of transformers' `from_pretrained` (`revision`, `cache_dir`, `local_files_only`, `attn_implementation`).
+
+    Returns:
+        the model, in eval mode.
+
+    Raises:
+        ModelNotFoundError: there is no such folder, and the name is neither in the cache nor on a hub that answers.
+        UnmatchedNameError, NothingToQuantizeError, NothingToFuseError: as `quantize_llm` and `fuse`.
+        ValueError: arguments that do not go together, or a checkpoint that is quantised in another way already.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError("both device and device_map were given; pass one of them")
+    recipe = None if llm is None else Recipe(llm, double_quant, 64, compute_dtype, outliers)
+    if recipe is None and (double_quant or outliers or list(skip) or list(include) or gated_layers):
+        raise ValueError("llm is None, so nothing is quantised; say how: llm='nf4', 'fp4' or 'int8'")
+    if device_map is None:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device_map = {"": device}
+    config = _config(name_or_path, kwargs)
+    model_class = _model_class(config, name_or_path)
+    stored = getattr(config, "quantization_config", None)
+    selection = None
+    if recipe is not None and stored is not None:
+        _check_stored(stored, recipe, name_or_path)
+    elif recipe is not None:
+        selection, skipped = _plan(model_class, config, skip=skip, include=include, gated_layers=gated_layers)
+        kwargs["quantization_config"] = recipe.config(skipped)
+    if recipe is not None or stored is not None:
+        _need_accelerate()
+    model: nn.Module = _from_pretrained(model_class, name_or_path, dtype=dtype, device_map=device_map, **kwargs)
+    adopt(model, outliers=outliers)
+    if compute_dtype is not None:
+        for layer in quantized_layers(model).values():
+            layer.compute_dtype, layer.compute_type_is_set = compute_dtype, True  # type: ignore[assignment]
+    if fuse:
+        try:
+            _fuse(model, level=level, fixes=fixes, prepack=prepack)
+        except NothingToFuseError:
+            if not quantized_layers(model):
+                raise
+    if selection is not None:
+        logger.info("%s\n%s", name_or_path, quantization_report(model, selection))
+    return model.eval()
+
+
+def _plan(model_class: Any, config: Any, **choice: Any) -> tuple[Selection, list[str]]:
+    """What to quantise of a model that has no weights yet, and the names that transformers has to leave out."""
+    with torch.device("meta"):
+        skeleton = model_class(copy.deepcopy(config))
+    selection = select(skeleton, **choice)
+    if not selection.targets:
+        raise NothingToQuantizeError(f"{model_class.__name__} has no layer left to quantise")
+    return selection, names_to_skip(skeleton, [path for target in selection.targets for path in target.paths])
+
+
+def _config(name: str | Path, kwargs: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    from ..models import MiniGPT4Config, MplugOwlConfig  # noqa: F401  # which register themselves with transformers
+
+    hub = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "trust_remote_code", "force_download")
+    options = {key: kwargs[key] for key in hub if key in kwargs}
+    if Path(name).is_dir() and not Path(name, options.get("subfolder", ""), "config.json").exists():
+        raise _not_found(name, FileNotFoundError())
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except OSError as error:
+        raise _not_found(name, error) from error
+
+
+def _from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
+    try:
+        return model_class.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise _not_found(name, error) from error
+
+
+def _not_found(name: str | Path, error: OSError) -> ModelNotFoundError:
+    if Path(name).is_dir():
+        files = ", ".join(sorted(path.name for path in Path(name).iterdir())[:6]) or "nothing"
+        return ModelNotFoundError(
+            f"{name} holds no model: expected config.json and *.safetensors, as save_pretrained writes; it has {files}"
+        )
+    if Path(name).exists():
+        return ModelNotFoundError(f"{name} is a file; expected the folder that holds config.json and *.safetensors")
+    why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelNotFoundError(
+        f"{name} is no folder, and neither the local cache nor the hub gave it ({why}); where there is a network, run "
+        f"'hf download {name}', and pass the folder it names"
+    )
+
+
+def _model_class(config: Any, name: str | Path) -> Any:
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = next((cls for each in names if (cls := _own_class(each) or getattr(transformers, each, None))), None)
+    if found is None:
+        listed = ", ".join(names) or "no architecture"
+        raise ValueError(
+            f"the config.json of {name} names {listed}, which transformers {transformers.__version__} does not have; load "
+            "the model with its own code, and pass it to quantize_llm"
+        )
+    return found
+
+
+def _own_class(name: str) -> Any:
+    """A model of ours that is saved as transformers' are."""
+    from .. import models
+
+    found = getattr(models, name, None)
+    return found if hasattr(found, "from_pretrained") else None
+
+
+def _check_stored(stored: Any, recipe: Recipe, name: str | Path) -> None:
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = "int8" if values.get("load_in_8bit") else values.get("bnb_4bit_quant_type")
+    method = str(values.get("quant_method", "")).rpartition(".")[2].lower()
+    if "bitsandbytes" not in method and "bits_and_bytes" not in method:
+        raise ValueError(
+            f"{name} is quantised with {method or 'an unknown method'}; expected a bitsandbytes checkpoint"
+        )
+    if kind != recipe.kind:
+        raise ValueError(
+            f"{name} is quantised to {kind} already; load it with llm=None or llm={kind!r}, not {recipe.kind!r}"
+        )
+
+
+def _need_accelerate() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError(
+            "transformers loads quantised models with accelerate, which is not installed: pip install accelerate"
+        )

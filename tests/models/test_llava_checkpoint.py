@@ -1,0 +1,171 @@
+"""LLaVA's own checkpoint files, written here in the original layout from a model whose outputs are known."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import mllm_fast
+from mllm_fast.models.llava_checkpoint import load_llava, load_lora, load_projector, save_projector
+from mllm_fast.models.original_checkpoint import CheckpointMismatchError
+from tests.families.llava_models import inputs, model
+
+# The original's names, written down from its code (llava_arch.py, clip_encoder.py) and not from ours.
+ORIGINAL = {
+    "model.multi_modal_projector.linear_1": "model.mm_projector.0",
+    "model.multi_modal_projector.linear_2": "model.mm_projector.2",
+    "model.language_model.embed_tokens": "model.embed_tokens",
+    "model.language_model.layers": "model.layers",
+    "model.language_model.norm": "model.norm",
+    "model.vision_tower": "model.vision_tower.vision_tower",
+}
+
+
+def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        prefix = next((ours for ours in ORIGINAL if name.startswith(ours + ".")), None)
+        renamed[name if prefix is None else ORIGINAL[prefix] + name.removeprefix(prefix)] = value.clone()
+    return renamed
+
+
+def logits(llava: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = llava(**inputs()).logits
+    return out
+
+
+@pytest.mark.parametrize("tower", [False, True])
+@pytest.mark.parametrize("form", ["bin", "safetensors", "sharded"])
+def test_a_whole_model(tmp_path: Path, tower: bool, form: str) -> None:
+    trained, fresh = model(1), model(2)
+    if not tower:
+        fresh.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
+    state = original(trained.state_dict())
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    if not tower:
+        state = {name: value for name, value in state.items() if "vision_tower" not in name}
+    if form == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    elif form == "safetensors":
+        save_file(state, tmp_path / "model.safetensors")
+    else:
+        halves = [dict(list(state.items())[i::2]) for i in range(2)]
+        for i, half in enumerate(halves):
+            torch.save(half, tmp_path / f"pytorch_model-{i}.bin")
+        index = {name: f"pytorch_model-{i}.bin" for i, half in enumerate(halves) for name in half}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(f'{{"weight_map": {index}}}'.replace("'", '"'))
+    mllm_fast.fuse(fresh)
+    load_llava(fresh, tmp_path)
+    torch.testing.assert_close(logits(fresh), logits(trained), rtol=1e-5, atol=1e-5)
+
+
+def test_the_projector_alone_and_back(tmp_path: Path) -> None:
+    trained, fresh = model(1), model(2)
+    before = copy.deepcopy(fresh.state_dict())
+    file = save_projector(trained, tmp_path)
+    assert file == tmp_path / "mm_projector.bin"
+    saved = torch.load(file, weights_only=True)
+    assert sorted(saved) == [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_projector(fresh, tmp_path)
+    load_projector(fresh, tmp_path)
+    for name, value in fresh.state_dict().items():
+        expected = trained.state_dict() if "projector" in name else before
+        assert torch.equal(value, expected[name]), name
+    save_projector(fresh, tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_lora(tmp_path: Path, merge: bool, fused: bool) -> None:
+    base, fresh = model(1), model(1)
+    peft_model = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=r".*language_model.*\.(q_proj|down_proj)")
+    )
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name or "projector" in name:
+                parameter.normal_(std=0.3)
+    # What llava/train/train.py writes: the adapter over LlavaLlamaForCausalLM, and the rest that was trained.
+    state = {f"base_model.model.{k}": v for k, v in original(_plain(peft_model, "lora_")).items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    rest = {f"base_model.model.{k}": v for k, v in original(_plain(peft_model, "projector")).items()}
+    torch.save(rest, tmp_path / "non_lora_trainables.bin")
+    peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], base_model_name_or_path="x"
+    ).save_pretrained(tmp_path)
+    if fused:
+        mllm_fast.fuse(fresh)
+    load_lora(fresh, tmp_path, merge=merge)
+    torch.testing.assert_close(logits(fresh), logits(base), rtol=1e-4, atol=1e-4)
+    adapters = [name for name, _ in fresh.named_parameters() if "lora_" in name]
+    assert not any("vision_tower" in name for name in adapters)
+    assert bool(adapters) is not merge
+
+
+def _plain(peft_model: nn.Module, part: str) -> dict[str, Tensor]:
+    """The parameters with `part` in their names, as they are named in the model without PEFT."""
+    return {
+        name.removeprefix("base_model.model.").replace(".default.", ".").replace(".base_layer.", "."): value.detach()
+        for name, value in peft_model.named_parameters()
+        if part in name
+    }
+
+
+def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path: Path) -> None:
+    fresh = model(2)
+    before = copy.deepcopy(fresh.state_dict())
+    state = original(model(1).state_dict())
+    state["model.mm_projector.0.weight"] = torch.zeros(3, 3)
+    state["model.surprise"] = torch.zeros(1)
+    del state["lm_head.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_llava(fresh, tmp_path)
+    for part in ("missing: lm_head.weight", "unexpected: model.surprise", "linear_1.weight: the checkpoint has (3, 3)"):
+        assert part in str(caught.value)
+    torch.save({"model.mm_projector.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
+    with pytest.raises(CheckpointMismatchError, match=r"unexpected: model\.mm_projector\.weight"):
+        load_projector(fresh, tmp_path)
+    torch.save({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
+    with pytest.raises(CheckpointMismatchError, match="holds no projector"):
+        load_projector(fresh, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    fresh = model(2)
+    with pytest.raises(FileNotFoundError, match=r"neither mm_projector\.bin"):
+        load_projector(fresh, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        load_lora(fresh, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no adapter weights"):
+        load_lora(fresh, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_llava(fresh, tmp_path)
+
+
+def test_a_lora_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    fresh = model(2)
+    peft.LoraConfig(r=2, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    save_file(
+        {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(2, 4)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    with pytest.raises(CheckpointMismatchError, match=r"no such layer: model\.language_model\.layers\.9"):
+        load_lora(fresh, tmp_path)
+    save_file(
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 4)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    with pytest.raises(CheckpointMismatchError, match="the model needs"):
+        load_lora(fresh, tmp_path)
+    assert not any("lora" in name for name in fresh.state_dict())
