@@ -266,7 +266,8 @@ def _called_children(module: nn.Module, path: str, entry: Entry) -> list[LeftAlo
     rows: list[LeftAloneRow] = []
     wrapped: list[str] = []
     for name, child in module.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in wrapped) or name == "":
+        # An adapter's base layer is the layer that the adapter stands for.
+        if any(name.startswith(f"{outer}.") for outer in wrapped) or name in ("", "base_layer"):
             continue
         linear = isinstance(child, nn.Linear) or hasattr(child, "base_layer")
         if (linear and not readable_linear(child)) or hooked(child):

@@ -166,12 +166,14 @@ def ours(layer: Layer) -> Run:
                 return ops.rms_norm(x, t["gain0"], EPS, residual=residual)
             return ops.layer_norm(x, t["gain0"], t["shift0"], EPS, residual=residual)
         if layer.gate is not None:
-            after = {"gate": t.get("gate"), "norm": first if layer.post else None}
-            return ops.linear_residual(x, t["weight0"], residual=t["residual"], **after)
+            after = first if layer.post else None
+            return ops.linear_residual(x, t["weight0"], residual=t["residual"], gate=t.get("gate"), norm=after)
         weights = [t[f"weight{i}"] for i in range(layer.groups * layer.stacked)]
         if layer.groups > 1:
             sizes = [layer.rows // layer.groups] * layer.groups
-            return ops.grouped_linear(x, weights, sizes=sizes, input_norms=norm, activation=layer.activation)
+            joined = ops.grouped_linear(x, weights, sizes=sizes, input_norms=norm, activation=layer.activation)
+            assert isinstance(joined, Tensor)
+            return joined
         head_norm = ops.Norm("rms_norm", t["head"], None, EPS) if layer.head_dim else None
         gate_weight = t.get("gate_weight")
         return ops.norm_linear(
@@ -206,8 +208,8 @@ def _liger(layer: Layer) -> Run:
         if layer.norm == "rms_norm":
             out: Tensor = liger_rms_norm(x, t["gain0"], EPS, in_place=False)
             return out
-        out = liger_layer_norm(x, t["gain0"], t["shift0"], EPS)
-        return out
+        normed: Tensor = liger_layer_norm(x, t["gain0"], t["shift0"], EPS)
+        return normed
 
     return run
 

@@ -77,7 +77,7 @@ def product_config(arch: Arch, rows: int, bits: int, block: int, itemsize: int, 
 def gradient_config(arch: Arch, rows: int, bits: int, block: int, half: bool, itemsize: int) -> Config:
     """For `gradient_tiles`; as for `product_config`, and `half`: fp16, where dY times the scales might underflow."""
     flipped = rows <= 32 and arch != "gfx942"
-    # On gfx942, which has no bf16 arithmetic, scaling dY takes 51 instructions an element, and scaling W takes 19.
+    # On gfx942, which has no bf16 arithmetic, scaling dY takes 51 instructions an element, and scaling W takes 17.
     fold = flipped and bits == 4 and not half and block % 64 == 0
     BK = 64
     if itemsize == 4:

@@ -28,7 +28,7 @@ PANEL = 1 << 21
 LEAST_PANEL = 1 << 16
 # Up to so many rows, the input gradient is a sum over panels of whole rows, which decode faster than panels of columns;
 # the second is for weights with a decoder of their own, which knows rows only.
-FEW_ROWS = (64, 256)
+FEW_ROWS = (128, 512)
 # Up to so many rows, torch's product of bf16 with int8 is the faster one.
 INT8_ROWS = 32
 

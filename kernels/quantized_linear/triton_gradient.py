@@ -65,6 +65,7 @@ def gradient_tiles(
     start = i_split * share
     end = tl.minimum(start + share, N)
     o_step = tl.arange(0, BN)
+    step_w = tl.full([], BN, tl.int64) * s_w
     if FLIPPED:
         b_dx = tl.zeros([BK, BM], tl.float32)
         p_grad = GRAD + o_row.to(tl.int64)[None, :] * s_grad + (start + o_step)[:, None]
@@ -138,7 +139,7 @@ def gradient_tiles(
         else:
             b_dx = tl.dot(b_grad, b_w, b_dx, input_precision=PRECISION)
         p_grad += BN
-        p_w += BN * s_w.to(tl.int64)
+        p_w += step_w
     if SPLITS > 1:
         store_tile(b_dx, PARTS + i_split.to(tl.int64) * rows * K, o_row, m_row, o_k, m_k, K, FLIPPED)
     else:

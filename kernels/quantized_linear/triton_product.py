@@ -1,7 +1,7 @@
 """The forward kernel: x W^T + bias + low-rank term, with W as the left operand.
 
-The result is computed flipped, W x^T: decoded weights become the operand that tensor cores of sm_90 take from registers,
-so that they never pass through shared memory, and few rows of x pad to 16 and not to 64.
+The result is computed flipped, W x^T: few rows of x pad to 16 and not to 64, and decoded weights become the operand that
+tensor cores of sm_90 take from registers. (Triton passes them through shared memory once, into the layout of the operand.)
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ FEATURES = (
     Case(16, block=128, width=11008),
     Case(16, block=4096),
     Case(16, bits=8, width=100, columns=200),
+    Case(16, bits=8, width=1, columns=1, rank=1),
     Case(16, width=100, columns=192),
     Case(2048, columns=11008),
     Case(2048, bits=8),

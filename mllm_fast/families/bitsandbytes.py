@@ -33,6 +33,7 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
     """Drop-in for `Linear4bit` (NF4 and FP4, plain and double-quantised scales)."""
 
     _mllm_fast: FrozenLinearState
+    weight: Any
 
     @classmethod
     def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FrozenLinearState:
@@ -99,7 +100,7 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
         return self._mllm_fast.derived.get("cpu", sources, lambda: cpu_weight(weight))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        weight = self.weight
+        weight: Any = self._parameters["weight"]
         storage = weight.dtype
         # .half() and the like are for numbers; these are packed bytes, which quant_storage may call floating point.
         if storage.is_floating_point:
@@ -180,6 +181,7 @@ class FusedLinear8bitLt(bnb.nn.Linear8bitLt):
     """Drop-in for `Linear8bitLt` with a frozen int8 weight."""
 
     _mllm_fast: FrozenLinearState
+    weight: Any
 
     @classmethod
     def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FrozenLinearState:
@@ -247,6 +249,9 @@ class FusedLinear8bitLt(bnb.nn.Linear8bitLt):
             return
         rest = {key: value for key, value in state_dict.items() if key != f"{prefix}SCB"}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not isinstance(self.weight, bnb.nn.Int8Params):  # load_state_dict(assign=True)
+            self.weight = bnb.nn.Int8Params(self.weight.data, False, CB=self.weight.data, SCB=own)
+            self.state.CB = self.state.SCB = None
         if scales is not None:
             own.copy_(scales)
         self._mllm_fast.forget()
@@ -274,7 +279,7 @@ def _plain(weight: Tensor) -> Tensor:
     return weight if torch.compiler.is_compiling() else weight.as_subclass(Tensor)  # which torch.compile cannot trace
 
 
-def _views(view: Weight4bit, weight: Tensor) -> bool:
+def _views(view: Weight4bit, weight: Any) -> bool:
     """Whether `view` shows the bytes that the parameter holds now."""
     state, nested = weight.quant_state, view.nested
     if nested is None:

@@ -11,7 +11,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 Side = Literal["left", "right"]
-_NOT_OF_IMAGES = ("return_tensors", "videos", "audio")
+_NOT_OF_IMAGES = ("return_tensors", "padding", "videos", "audio")
 
 
 class ImagePromptProcessor(ProcessorMixin):
@@ -95,7 +95,7 @@ class ImagePromptProcessor(ProcessorMixin):
         pictures = _flat(images)
         if not pictures:
             return {}
-        # What `apply_chat_template` says of other modalities, and of tensors, which are PyTorch's in any case.
+        # What transformers' pipelines say of other modalities; and tensors are PyTorch's, and padded, in any case.
         options = {name: value for name, value in images_kwargs.items() if name not in _NOT_OF_IMAGES}
         pictures = self.image_processor.fetch_images(pictures)
         return {"pixel_values": self.image_processor(pictures, return_tensors="pt", **options)["pixel_values"]}

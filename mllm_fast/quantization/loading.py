@@ -94,7 +94,7 @@ def load(
     adopt(model, outliers=outliers)
     if compute_dtype is not None:
         for layer in quantized_layers(model).values():
-            layer.compute_dtype, layer.compute_type_is_set = compute_dtype, True  # type: ignore[assignment]
+            layer.compute_dtype, layer.compute_type_is_set = compute_dtype, True
     if fuse:
         try:
             _fuse(model, level=level, fixes=fixes, prepack=prepack)

@@ -120,16 +120,16 @@ def _check_target(target: Target) -> None:
         raise ValueError(f"{path} is in {weight.dtype}; expected fp32, fp16 or bf16")
 
 
-def kind_of(layer: nn.Module) -> str:
+def kind_of(layer: Any) -> str:
     """ "nf4", "fp4" or "int8"."""
     return str(getattr(layer.weight, "quant_type", KINDS[-1]))
 
 
-def _quantized(linear: nn.Module, recipe: Recipe) -> nn.Module:
+def _quantized(linear: Any, recipe: Recipe) -> nn.Module:
     """A quantised layer with the weights of `linear`, which stays as it is."""
     import bitsandbytes as bnb
 
-    weight: torch.Tensor = linear.weight.detach()  # type: ignore[assignment, union-attr]
+    weight: torch.Tensor = linear.weight.detach()
     if not isinstance(linear, nn.Linear):  # GPT-2's Conv1D has its weight the other way round
         weight = weight.T.contiguous()
     (rows, columns), device = weight.shape, weight.device

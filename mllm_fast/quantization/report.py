@@ -102,7 +102,7 @@ def _tensors(model: nn.Module) -> Iterable[Tensor]:
         yield from _statistics(layer)
 
 
-def _statistics(layer: nn.Module) -> list[Tensor]:
+def _statistics(layer: Any) -> list[Tensor]:
     """The tensors beside the packed weight that a quantised layer cannot do without."""
     weight: Any = layer.weight
     if (state := getattr(weight, "quant_state", None)) is None:

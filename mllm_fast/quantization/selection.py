@@ -43,7 +43,7 @@ class Selection:
     """
 
     targets: list[Target] = field(default_factory=list)
-    quantized: dict[str, nn.Module] = field(default_factory=dict)
+    quantized: dict[str, Any] = field(default_factory=dict)
     left: list[tuple[str, str]] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
@@ -117,7 +117,7 @@ def select(
     return selection
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
     """bitsandbytes' quantised linear layers by path; one with several has them all, with ", " between."""
     paths = _paths(model)
     return {", ".join(paths[id(m)]): m for m in model.modules() if _is(m, QUANTIZED)}
@@ -172,7 +172,9 @@ def _resolve(model: nn.Module, wanted: Iterable[str], names: Sequence[str], argu
 
 def _language_model_paths(model: nn.Module, names: Sequence[str]) -> set[str]:
     # Inside PEFT's wrapper the model lies two levels down; its paths keep that prefix.
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
     prefix = "" if base is model else next(name for name, m in model.named_modules() if m is base) + "."
     known = set(names)
     for cls in type(base).__mro__:
@@ -181,7 +183,7 @@ def _language_model_paths(model: nn.Module, names: Sequence[str]) -> set[str]:
     for path in USUAL_PATHS:
         if prefix + path in known:
             return {prefix + path}
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     is_text_model = hasattr(config, "get_text_config") and config.get_text_config() is config
     return {prefix.removesuffix(".")} if is_text_model and _head(base) is not None else set()
 
@@ -211,7 +213,7 @@ def _embedding_weights(model: nn.Module) -> set[int]:
 
 
 def _ties(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return any(bool(getattr(c, "tie_word_embeddings", False)) for c in (config, text))
 

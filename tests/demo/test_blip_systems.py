@@ -1,4 +1,4 @@
-"""The BLIP family, LLaVA and mPLUG-Owl in part 1 of the demo: fused and unfused agree, and the image matters."""
+"""The BLIP family, LLaVA, MiniGPT-4 and mPLUG-Owl in part 1 of the demo: fused and unfused agree, and the image matters."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -23,10 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mllm_fast.kernels import runtime
 from mllm_fast.kernels.attention import dispatch
 from mllm_fast.kernels.launch import ARCHITECTURES, Variant, recording
+from mllm_fast.modules import children
 
 DEVICE = "fakegpu"
 if not hasattr(torch, DEVICE):
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
+    # What autocast asks of a device, also to be switched off.
+    getattr(torch, DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 _explain = runtime.explain
 
 
@@ -117,6 +120,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
         mock.patch.object(runtime, "explain", lambda name, kind: _explain(name, _as_cuda(kind))),
         mock.patch.object(runtime, "chosen", lambda name, kind: _explain(name, _as_cuda(kind))[0]),
         mock.patch.object(dispatch, "architecture_of", return_value="sm_90"),
+        # Fake weights are read as the plain ones that they stand for.
+        mock.patch.object(children, "_PLAIN", (*children._PLAIN, FakeTensor)),
         recording(ARCHITECTURES["sm_90"]) as launches,
     ):
         yield FakeGpu(launches)

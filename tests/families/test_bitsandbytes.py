@@ -132,6 +132,21 @@ def test_strict_loading_of_its_own_checkpoint(nested: bool, quant_type: str) -> 
     nn.ModuleDict({"inner": ours}).load_state_dict(nn.ModuleDict({"inner": fused(other)}).state_dict())
 
 
+@nested
+def test_loading_by_assignment(nested: bool) -> None:
+    x = draw(3, 128)
+    for upstream, other in ((layer4(nested=nested), layer4(nested=nested, seed=7)), (layer8(), layer8(seed=7))):
+        ours = fused(other)
+        ours(x)
+        ours.load_state_dict(tensors(upstream), assign=True)
+        assert type(ours.weight) is type(upstream.weight)
+        assert_equal_bytes(tensors(ours), tensors(upstream))
+        assert torch.equal(ours(x), fused(upstream)(x))
+        assert torch.equal(copy.deepcopy(ours)(x), ours(x))
+        mllm_fast.unfuse(ours)
+        assert torch.equal(ours.train()(x), upstream.train()(x))
+
+
 def test_int8_loads_after_it_has_run() -> None:
     upstream, other, x = layer8(bias=False), layer8(seed=7, bias=False), draw(3, 128)
     checkpoint = tensors(upstream)

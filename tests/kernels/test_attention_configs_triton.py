@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mllm_fast.kernels.attention import Mask, MediaRanges, MediaSubsets, configs
-from tests.kernels.attention_dense import visible
-from tests.kernels.attention_on_triton import check, moved, on_triton, qkv, random
+from mllm_fast.kernels.attention import Mask, MediaRanges, MediaSubsets, configs, triton_launch
+from mllm_fast.kernels.attention.configs import Config, Media
+from mllm_fast.kernels.attention.settings import settings_of
+from mllm_fast.kernels.target import ARCHITECTURES, Arch, arch_of
+from tests.kernels.attention_dense import gradients, visible
+from tests.kernels.attention_on_triton import check, exact, moved, on_triton, qkv, random
 from tests.kernels.test_attention_media import phi
-from tests.kernels.triton_device import INTERPRETING, poisoned, require_triton  # noqa: F401
+from tests.kernels.triton_device import DEVICE, INTERPRETING, poisoned, require_triton  # noqa: F401
 
 require_triton()
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -52,16 +57,133 @@ class TestSplits:
         assert configs.splits_for("sm_90", programs, keys, images, 64) == expected
 
 
-@pytest.mark.parametrize("BM", [16, 32, 64])
-@pytest.mark.parametrize("BN", [16, 64])
-@pytest.mark.parametrize("kind", ["causal", "media"])
-def test_all_configurations_give_the_same_result(BM: int, BN: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("forward_config", "query_gradient_config", "key_gradient_config"):
-        monkeypatch.setattr(configs, name, lambda *_: configs.Config(BM, BN, 4, 2))
-    mask = Mask(causal=True, prefix=5)
+def choices(architectures: tuple[Arch, ...], widths: tuple[int, ...], itemsizes: tuple[int, ...], medias: Any) -> Any:
+    """All configurations that the functions of `configs` can choose: for forward, dQ, and dK with dV."""
+    found: tuple[dict[Config, None], ...] = ({}, {}, {})
+    for arch, width, itemsize, media in itertools.product(architectures, widths, itemsizes, medias):
+        for rows in (1, 16, 17, 32, 33, 64, 65, 4096):
+            for tiles in (1, 1 << 20):
+                found[0][configs.forward_config(arch, rows, tiles, width, itemsize, media)] = None
+            found[1][configs.query_gradient_config(arch, rows, width, itemsize, media)] = None
+            found[2][configs.key_gradient_config(arch, rows, width, itemsize, media)] = None
+    return [list(configurations) for configurations in found]
+
+
+# The interpreter knows neither warps nor stages: a tile is a configuration.
+MEDIA = (None, Media(16, 1), Media(64, 1), Media(1601, 1), Media(64, 2))
+TILES = [
+    sorted({(c.BM, c.BN) for c in configurations})
+    for configurations in choices(ARCHITECTURES, (16, 64, 72, 96, 128, 256), (2, 4), MEDIA)
+]
+PARTS = ((1, 1), (2, 1), (1, 3), (2, 2))
+KINDS = ("causal", "media", "two sources")
+
+
+def shrunk(kind: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Leaves and further arguments of a small call: beams that share keys, grouped heads, odd lengths."""
+    leaves = random((4, 37, 4, 8), *((2, 63, 2, 8),) * 2)
+    if kind == "two sources":
+        return [*leaves, *random(*((1, 35, 2, 8),) * 2)], {}
     if kind == "media":
-        mask = Mask(media=phi(torch.arange(41)[None] % 11 == 3, 3, 21, "mean"))
-    check(qkv(2, 41, 63, heads=4), mask=mask)
+        return leaves, {"mask": Mask(media=phi(torch.arange(37)[None].expand(4, -1) % 11 == 3, 3, 21, "mean"))}
+    return leaves, {"mask": Mask(causal=True, prefix=5)}
+
+
+def run(leaves: list[Tensor], settings: dict[str, Any], grad: Tensor, **forced: Any) -> dict[str, Tensor]:
+    """The results of the launchers, with some of their choices forced."""
+    q, k, v, extra_k, extra_v = [*(x.detach() for x in leaves), None, None][:5]
+    flat = settings_of(settings.get("mask"), None, q.shape[3] ** -0.5, 0.0, 0, q.device)
+    forward = {name: forced[name] for name in ("config", "splits") if name in forced}
+    out, lse = triton_launch.forward(q, k, v, extra_k, extra_v, flat, **forward)
+    found = {"out": out}
+    if "forward" not in forced:
+        backward = {name: forced[name] for name in ("query_config", "key_config", "parts") if name in forced}
+        gradients = triton_launch.backward(grad, q, k, v, extra_k, extra_v, out, lse, flat, **backward)
+        found |= {str(i): g for i, g in enumerate(gradients) if g is not None}
+    return found
+
+
+def exactly(leaves: list[Tensor], settings: dict[str, Any], grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    inputs = [x.detach().cpu().to(dtype).requires_grad_() for x in leaves]
+    out = exact(inputs, **settings)
+    return {"out": out} | {str(i): g for i, g in enumerate(gradients(out, inputs, grad.cpu().to(dtype)))}
+
+
+class TestAllConfigurations:
+    """Every configuration gives the same result, up to rounding: here each is held against the exact one."""
+
+    def check(self, kind: str, forced: list[dict[str, Any]]) -> None:
+        leaves, settings = shrunk(kind)
+        given, grad = [x.to(DEVICE) for x in leaves], torch.randn(leaves[0].shape)
+        expected = exactly(leaves, settings, grad, torch.float64)
+        for choice in forced:
+            for name, found in run(given, settings, grad.to(DEVICE), **choice).items():
+                torch.testing.assert_close(
+                    found.cpu().double(), expected[name], rtol=1e-4, atol=2e-5, msg=lambda m, c=choice: f"{c}: {m}"
+                )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("tile", TILES[0], ids=str)
+    def test_forward(self, tile: tuple[int, int], kind: str) -> None:
+        config = Config(*tile, 4, 2)
+        self.check(kind, [{"forward": True, "config": config, "splits": splits} for splits in (1, 2, 4)])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("tile", TILES[1], ids=str)
+    def test_query_gradient(self, tile: tuple[int, int], kind: str) -> None:
+        self.check(kind, [{"query_config": Config(*tile, 4, 2)}])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("tile", TILES[2], ids=str)
+    def test_key_gradients(self, tile: tuple[int, int], kind: str) -> None:
+        self.check(kind, [{"key_config": Config(*tile, 4, 2), "parts": parts} for parts in PARTS])
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(INTERPRETING, reason="compiles what the interpreter runs otherwise")
+    @pytest.mark.parametrize("kind", ["Q-Former", "media", "decode"])
+    def test_at_real_shapes(self, kind: str) -> None:
+        images, tokens, queries = 33, 64, 1120
+        settings: dict[str, Any] = {}
+        leaves = random((2, 32, 12, 64), *((2, 257, 12, 64),) * 2)
+        if kind == "decode":
+            leaves = random((1, 1, 32, 128), *((1, 6404, 8, 128),) * 2)
+        if kind == "media":
+            leaves = random((1, queries, 8, 64), *((1, images * tokens, 8, 64),) * 2)
+            settings = {"mask": Mask(media=phi(torch.arange(queries)[None] % 34 == 3, images, tokens))}
+        leaves = [x.bfloat16() for x in leaves]
+        grad = torch.randn(leaves[0].shape).bfloat16()
+        expected, unfused = (exactly(leaves, settings, grad, t) for t in (torch.float64, torch.bfloat16))
+        media = Media(tokens, 1) if kind == "media" else None
+        width = leaves[0].shape[3]
+        forward, queries_, keys = choices((arch_of(torch.device("cuda", 0)),), (width,), (2,), (media,))
+        forced: list[dict[str, Any]] = [{"forward": True, "config": config} for config in forward]
+        if kind == "decode":
+            forced += [{"forward": True, "splits": splits} for splits in (1, 2, 4)]
+        else:
+            forced += [{"query_config": config} for config in queries_]
+            forced += [{"key_config": config, "parts": parts} for config in keys for parts in PARTS]
+        given, grad = [x.cuda() for x in leaves], grad.cuda()
+        for choice in forced:
+            for name, found in run(given, settings, grad, **choice).items():
+                reference = expected[name]
+                error, allowed = (x.cpu().double() - reference for x in (found, unfused[name]))
+                assert error.norm() <= 2 * allowed.norm(), f"{choice}: {name}"
+                assert error.abs().max() <= 2 * allowed.abs().max(), f"{choice}: {name}"
+
+    @pytest.mark.parametrize(
+        ("programs", "fold", "tiles", "images", "expected"),
+        [
+            (8, 64, 2, 0, (32, 1)),
+            (8, 1, 35, 1, (1, 8)),
+            (1, 4, 60, 0, (4, 8)),
+            (264, 64, 9, 0, (1, 1)),
+            (16, 1, 3, 0, (1, 1)),
+        ],
+    )
+    def test_choice_of_parts(
+        self, programs: int, fold: int, tiles: int, images: int, expected: tuple[int, int]
+    ) -> None:
+        assert configs.parts_for("sm_90", programs, fold, tiles, images) == expected
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="counts the steps of the interpreter")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mllm_fast.models import Flamingo
+from mllm_fast.models import BridgeMismatchError, Flamingo
+from mllm_fast.models.flamingo_options import LATER
 from tests.models.helpers import GREEDY, IMAGE, PAD, Vision, config, flamingo, language_model, prompts
 
 
@@ -160,6 +164,22 @@ def test_a_language_model_inside_peft() -> None:
 
 def _prefixed(vision: nn.Module) -> dict[str, torch.Tensor]:
     return {f"vision_encoder.{name}": value for name, value in vision.state_dict().items()}
+
+
+def test_a_bridge_saved_before_videos_still_loads(tmp_path: Path) -> None:
+    """Its files lack the options that came with them."""
+    model = flamingo()
+    weights, written = tmp_path / "bridge.safetensors", tmp_path / "bridge.json"
+    model.save_bridge(tmp_path)
+    old = {k: v for k, v in json.loads(written.read_text()).items() if k not in LATER}
+    written.write_text(json.dumps(old))
+    save_file(load_file(weights), weights, metadata={"config": json.dumps(old)})
+    loaded = Flamingo.from_bridge(tmp_path, model.lm, model.vision_encoder)
+    ids, mask, images, _ = prompts()
+    expected = model(ids, images, attention_mask=mask).logits
+    assert torch.equal(loaded(ids, images, attention_mask=mask).logits, expected)
+    with pytest.raises(BridgeMismatchError, match="previous_images: the file has False, the model has True"):
+        Flamingo(model.lm, Vision(), config(previous_images=True)).load_bridge(tmp_path)
 
 
 def test_two_models_over_one_language_model_do_not_meet() -> None:

@@ -81,10 +81,11 @@ def test_a_new_bridge_begins_as_the_language_model_alone() -> None:
     torch.manual_seed(0)
     lm: Any = AutoModelForCausalLM.from_config(TEXTS["gpt2"]())
     tower: Any = AutoModel.from_config(VISIONS["vit"]())
-    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in (lm, tower)]
+    parts: tuple[Any, ...] = lm, tower
+    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
     model = FlamingoForConditionalGeneration.from_parts(lm.double(), tower, image_token_id=IMAGE, every=3, latents=3)
     assert model.model.lm is lm and model.model.vision_encoder.tower is tower
-    for part, kept in zip((lm, tower), before, strict=True):
+    for part, kept in zip(parts, before, strict=True):
         assert all(torch.equal(v.double(), kept[k].double()) for k, v in part.state_dict().items())
     inputs = prompts()
     model.eval(), tower.double()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, pipeline
 
 from mllm_fast.models.minigpt4 import MiniGPT4Processor
 from mllm_fast.models.minigpt4_processing import STYLES
@@ -191,6 +191,25 @@ def test_it_feeds_the_model() -> None:
     assert p.post_process_image_text_to_text(out)[1].startswith(prompt[1])
     assert p.decode(batch["input_ids"][0], skip_special_tokens=True) == prompt[0]
     assert len(p.read_answers(out, batch["input_ids"].shape[1])) == 2
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    """transformers' own, from a folder: with a conversation, and with several prompts of its own making."""
+    minigpt4().save_pretrained(tmp_path)
+    p = processor()
+    p.save_pretrained(tmp_path)
+    ask = pipeline("image-text-to-text", model=str(tmp_path), device="cpu")
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}]}]
+    given = p(picture(), p.apply_chat_template(chat, add_generation_prompt=True))
+    said = ask.model.generate(**given, max_new_tokens=4, do_sample=False)[:, given["input_ids"].shape[1] :]
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    answer = ask(text=chat, generate_kwargs=settings)[0]["generated_text"][-1]["content"]
+    assert answer == p.batch_decode(said, skip_special_tokens=True)[0]
+    prompts = [p.instruct("Hi"), p.instruct("What is this?")]
+    for prompt, out in zip(
+        prompts, ask(images=[picture(), picture()], text=prompts, generate_kwargs=settings), strict=True
+    ):
+        assert out["generated_text"].startswith(prompt)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
