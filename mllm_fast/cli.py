@@ -173,7 +173,8 @@ def _generate(args: argparse.Namespace) -> int:
     from .models.captioner import CONFIG_FILE, generate_captions
 
     if (Path(args.model) / CONFIG_FILE).is_file():
-        captions = generate_captions(args.model, args.images, prompt=args.prompt, max_new_tokens=args.max_new_tokens)
+        length = {"max_new_tokens": args.max_new_tokens}
+        captions = generate_captions(args.model, args.images, prompt=args.prompt, llm=args.llm, **length)
         for image, caption in zip(args.images, captions, strict=True):
             print(f"{image}: {caption}")  # noqa: T201
         return 0

@@ -18,6 +18,8 @@ from ..tile import split_width
 MAX_SPLITS = 32
 # A split with fewer blocks of keys than this is not worth its second pass.
 BLOCKS_PER_SPLIT = 4
+# Nor are two: the second pass is a launch of its own.
+LEAST_SPLITS = 4
 # The same for dK and dV, which are split by tiles of rows.
 TILES_PER_PART = 4
 # How many images a row is taken to see when splits are chosen; the truth is on the device.
@@ -149,7 +151,7 @@ def splits_for(arch: Arch, programs: int, keys: int, images: int, BN: int) -> in
     if images > IMAGES_SEEN:
         keys = keys // images * IMAGES_SEEN
     most = min(MAX_SPLITS, 2 * PROCESSORS[arch] // max(programs, 1), keys // (BN * BLOCKS_PER_SPLIT))
-    return 1 << (most.bit_length() - 1) if most > 1 else 1
+    return 1 << (most.bit_length() - 1) if most >= LEAST_SPLITS else 1
 
 
 def parts_for(arch: Arch, programs: int, fold: int, tiles: int, images: int) -> tuple[int, int]:

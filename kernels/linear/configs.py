@@ -96,7 +96,8 @@ _TILES_FP32 = (
 )
 # Sums that a thread can keep in registers beside what its tile of x and, in fp32, the parts of a product need.
 MAX_SUMS = 64
-MAX_HEAD = 256
+# Wider heads, whose sums do not fit either, are normalised by an op of their own.
+MAX_HEAD, MAX_HEAD_FP32 = 256, 128
 MAX_STAGES = 4
 # Bytes of shared memory for the tiles under way. sm_80 stands for sm_86 and sm_89 too, which have 99 KB. On sm_90 small
 # blocks leave room for a second one.
@@ -116,7 +117,8 @@ def config_for(arch: Arch, problem: Problem) -> Config:
     most = max(least, *(triton.next_power_of_2(rows) for rows in p.rows))
     best, chosen, programs = -1.0, None, 0
     for share, config in _tiles(p):
-        sums = config.BM * config.BN * config.SLICES * (2 if p.glu else 1) // (32 * config.num_warps)
+        lanes = 64 if arch == "gfx942" else 32
+        sums = config.BM * config.BN * config.SLICES * (2 if p.glu else 1) // (lanes * config.num_warps)
         if not least <= config.BM <= most or sums > MAX_SUMS // (p.itemsize // 2):
             continue
         tiles = sum(triton.cdiv(rows, config.BM) for rows in p.rows)
@@ -140,7 +142,7 @@ def _tiles(p: Problem) -> tuple[tuple[float, Config], ...]:
         return _TILES if p.itemsize == 2 else _TILES_FP32
     # Whole heads, of which one may be wider than the tile of features that the rows would ask for.
     BN = max(triton.next_power_of_2(p.head), 64 if 64 % p.head == 0 else 16)
-    BK = 32 if p.itemsize == 4 or BN >= 128 else 64
+    BK = (32 if BN >= 128 else 64) * 2 // p.itemsize
     warps = 4 if BN <= 64 else 8
     return (
         (1.0, Config(64, BN, BK, num_warps=warps)),
@@ -173,7 +175,9 @@ def _fit(arch: Arch, p: Problem, config: Config) -> Config:
         return replace(config, num_stages=max(1, min(stages, 2)))
     # But for wgmma, Triton keeps a tile less than there are stages.
     stages += config.BM < 64 or arch == "sm_80"
-    return replace(config, num_stages=max(1, min(stages, MAX_STAGES)), registers=255 if config.num_warps == 4 else None)
+    return replace(
+        config, num_stages=max(1, min(stages, MAX_STAGES)), registers=255 if config.num_warps == 4 or p.head else None
+    )
 
 
 def merge_config(features: int, head: int) -> Config:

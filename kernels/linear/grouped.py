@@ -95,6 +95,7 @@ def grouped_linear(
     Saved for backward: what `norm_linear` and `linear_residual` save, for each group.
 
     Raises:
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
         ValueError: shapes or counts that do not fit, an unknown or gated activation, an activation with a residual, or
             norms or dropout without one.
     """

@@ -64,9 +64,12 @@ def norm_linear(
     Returns:
         [..., N], in the dtype that `F.linear` gives.
 
-    Saved for backward: `x` with mean and rstd, norm(x), the weights, and what stands before the activation.
+    Saved for backward, on the kernels: `x` (only with a norm, or for a weight's gradient), the weights, and with an
+    activation or `head_norm` what stands before it; norm(x) is computed again, and so are its statistics. The reference
+    keeps those too. Differentiable once on the kernels. Equal inputs give bitwise equal outputs and gradients.
 
     Raises:
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
         ValueError: shapes that do not fit, an unknown activation, a gated activation without `gate_weight`, a
             `gate_weight` or `gate_bias` that no activation uses, or a `head_norm` that does not fit.
     """
@@ -154,10 +157,13 @@ def linear_residual(
         [..., N] in the promoted dtype of `residual` and of what `F.linear` gives; rounded as `gated_residual` and
         `layer_norm` round.
 
-    Saved for backward: `x`, `weight`, the dropout mask; with `gate`, the branch, `gate` and `row_mask`; with `norm`,
-    its input, mean and rstd; with `residual_norm`, `residual` with mean and rstd.
+    Saved for backward, on the kernels: `x` (only for the weight's gradient), `weight`, the seed, `gate` and `row_mask`; for
+    the gate's gradient x W^T + b; with `residual_norm`, `residual`; with `norm`, what `layer_norm` saves. The reference
+    keeps the dropout mask instead of the seed, and the norms' statistics. Differentiable once on the kernels. Equal inputs
+    give bitwise equal outputs and gradients.
 
     Raises:
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
         ValueError: shapes that do not fit, `gate` or `row_mask` together with `norm`, or a dropout_p outside [0, 1].
     """
     check_linear(x, weight, bias)

@@ -144,9 +144,10 @@ def stacked_linear(x: Tensor, stacked: StackedWeight, *, norm: Norm | None = Non
         For each layer [..., N_i], views of one buffer [..., sum N_i]: the last dimension is contiguous, and rows are
         sum N_i apart.
 
-    Saved for backward: `x` with mean and rstd, norm(x), and the stacked weight.
+    Saved for backward: as in `norm_linear`.
 
     Raises:
+        BackendUnavailableError: Triton is forced, and cannot serve this call.
         ValueError: shapes that do not fit.
     """
     check_linear(x, stacked.weight, stacked.bias, "stacked ")

@@ -18,7 +18,7 @@ from ..norm.configs import MAX_WIDTH
 from ..norm.op import Norm, layer_norm, normalize, rms_norm
 from . import registered, triton_backward, triton_launch
 from .call import NO_EXTRAS, Extras, Group, Numbers, Saved, flatten, kept, unflatten
-from .configs import MAX_HEAD
+from .configs import MAX_HEAD, MAX_HEAD_FP32
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KERNELS = "the Triton kernels of linear layers"
@@ -53,8 +53,9 @@ def unsupported(groups: Sequence[Group], extras: Extras, normed: bool, rnormed: 
     widths = ((normed, first.weight.shape[1]), (rnormed, first.weight.shape[0]))
     if too_wide := [width for needed, width in widths if needed and width > MAX_WIDTH]:
         return f"{_KERNELS} normalise rows of up to {MAX_WIDTH}, not {too_wide[0]}"
-    if extras.head > MAX_HEAD:
-        return f"{_KERNELS} normalise heads of up to {MAX_HEAD} elements, not {extras.head}"
+    most = MAX_HEAD_FP32 if first.weight.dtype == torch.float32 else MAX_HEAD
+    if extras.head > most:
+        return f"{_KERNELS} normalise heads of up to {most} elements in {first.weight.dtype}, not {extras.head}"
     return None
 
 

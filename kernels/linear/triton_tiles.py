@@ -180,7 +180,7 @@ def finish(
         b_y = activate(b_y, ACTIVATION)
     if HEAD > 0:
         # HEADS whole heads, or one head and idle columns after it.
-        HEADS: tl.constexpr = BN // HEAD
+        HEADS: tl.constexpr = BN // HEAD if BN % HEAD == 0 else 1
         b_y = tl.where(m_tile, b_y, 0.0)
         b_h = tl.reshape(b_y * b_y, (BM, HEADS, BN // HEADS))
         b_rstd = tl.rsqrt(tl.sum(b_h, 2) / HEAD + head_eps)  # [BM, HEADS]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..launch import Architecture, Variant, recording
-from . import triton_backward, triton_launch
+from . import configs, triton_backward, triton_launch
 from .call import Extras, Group, Numbers, flatten, kept, unflatten
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -108,7 +108,10 @@ FEATURES = (
 )
 # fp16 compiles as bf16 does, to other instructions of the same cost; fp32 has tiles of its own.
 FULL = tuple(case for case in TILES if case.rows[0] in (1, 12, 32, 128, 512))
-GROUPS = ((BF16, TILES + FEATURES), (FP16, FEATURES[:2]), (FP32, (*FULL, FEATURES[6], FEATURES[7], FEATURES[19])))
+FULL += tuple(
+    case for case in FEATURES if 0 < case.head <= configs.MAX_HEAD_FP32 or case.label == "Q-Former, groups, up"
+)
+GROUPS = ((BF16, TILES + FEATURES), (FP16, FEATURES[:2]), (FP32, FULL))
 
 
 def variants(architecture: Architecture) -> Iterator[Variant]:

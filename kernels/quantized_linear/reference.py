@@ -95,10 +95,11 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None, term: LowRank | None
 
 def _has_int8_product(x: Tensor, weight: Weight8bit) -> bool:
     """Whether torch's product of bf16 with int8 serves: it reads rows in whole vectors, beyond their end if need be, and
-    crashes where they do not start on 16 bytes, as weights that lie in a mapped checkpoint may not.
+    crashes where vectors of 16 numbers do not start at multiples of their size, as in a mapped checkpoint they may not.
     """
-    aligned = weight.shape[1] % 64 == 0 and weight.values.data_ptr() % 16 == 0
-    return aligned and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= INT8_ROWS
+    if not x.is_cpu or x.dtype != torch.bfloat16 or x.shape[0] > INT8_ROWS or weight.shape[1] % 64:
+        return False
+    return weight.values.data_ptr() % 16 == 0 and (not x.is_contiguous() or x.data_ptr() % 32 == 0)
 
 
 def dense(term: LowRank, dtype: torch.dtype) -> Tensor:

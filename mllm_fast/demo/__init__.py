@@ -67,8 +67,9 @@ def run(out_dir: Path, quick: bool = False) -> int:
 
     said = result.captions[0]
     console.print(
-        f"language model: {result.frozen:,} parameters, knows {result.number_facts:.0%} of the number facts, then frozen "
-        f"({result.seconds[0]:.0f} s)\n"
+        f"language model: {result.frozen:,} parameters, frozen with its linear layers in 4 bits "
+        f"({result.quantized.bytes_before / 1024:.0f} -> {result.quantized.bytes_after / 1024:.0f} KiB), knows "
+        f"{result.number_facts:.0%} of the number facts ({result.seconds[0]:.0f} s)\n"
         f"bridge: {result.trained:,} parameters trained ({result.seconds[1]:.0f} s)\n"
         f"exact captions on {len(result.captions)} held-out images: {result.accuracy:.1%} "
         f"({result.prompted_accuracy:.1%} continuing a prompt; {result.untrained_accuracy:.1%} before training)",

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..models import Flamingo, FlamingoConfig
 from ..models.captioner import Captioner
 from ..models.patch_encoder import PatchEncoder
+from ..quantization import QuantizationReport, quantize_llm
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = ("", "a photo of", "a scan of", "a drawing of")
@@ -60,6 +61,7 @@ class DigitsResult:
         untrained_accuracy: the same before the bridge was trained.
         prompted_accuracy: the same when the caption has to continue "a photo of".
         number_facts: share of "after six comes seven" that the frozen language model knows.
+        quantized: what of the language model is frozen in 4 bits.
         trained, frozen: numbers of parameters.
         seconds: for teaching the language model, and for training the bridge.
     """
@@ -72,6 +74,7 @@ class DigitsResult:
     untrained_accuracy: float
     prompted_accuracy: float
     number_facts: float
+    quantized: QuantizationReport
     trained: int
     frozen: int
     seconds: tuple[float, float]
@@ -114,8 +117,8 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 
 def teach_language_model(
     tokenizer: PreTrainedTokenizerFast, settings: Settings, progress: Progress
-) -> tuple[LlamaForCausalLM, float]:
-    """A small Llama that speaks the captions' language, and the share of number facts that it knows."""
+) -> LlamaForCausalLM:
+    """A small Llama that speaks the captions' language."""
     lm = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -145,11 +148,16 @@ def teach_language_model(
         loss.backward()
         optimizer.step()
         progress.update(task, advance=1, note=f"loss {loss.item():.3f}")
+    return lm
+
+
+@torch.no_grad()
+def known_facts(lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
+    """The share of number facts that a language model knows."""
     starts, ends = zip(*number_facts(), strict=True)
-    with torch.no_grad():
-        logits = lm(input_ids=_encode(tokenizer, [f"<bos> {start}" for start in starts])).logits[:, -1]
+    logits = lm(input_ids=_encode(tokenizer, [f"<bos> {start}" for start in starts])).logits[:, -1]
     right = logits.argmax(-1) == _encode(tokenizer, list(ends))[:, 0]
-    return lm, right.float().mean().item()
+    return right.float().mean().item()
 
 
 def load_images(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,12 +244,15 @@ def _exact(captions: list[str], digits: Tensor, prompt: str = "") -> float:
 
 
 def run_digits(settings: Settings, progress: Progress) -> DigitsResult:
-    """Teach, freeze, train, and caption the held-out images."""
+    """Teach, freeze in 4 bits, train, and caption the held-out images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         tokenizer = build_tokenizer()
         start = time.perf_counter()
-        lm, facts = teach_language_model(tokenizer, settings, progress)
+        lm = teach_language_model(tokenizer, settings, progress)
+        frozen = sum(p.numel() for p in lm.parameters())
+        quantized = quantize_llm(lm, "nf4", compute_dtype=torch.float32)
+        facts = known_facts(lm, tokenizer)
         taught = time.perf_counter()
         images, digits, held_out, held_out_digits = load_images(settings.seed)
         model = build_bridge(lm, tokenizer.convert_tokens_to_ids("<image>"))
@@ -261,8 +272,9 @@ def run_digits(settings: Settings, progress: Progress) -> DigitsResult:
         untrained_accuracy=untrained,
         prompted_accuracy=prompted,
         number_facts=facts,
+        quantized=quantized,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        frozen=frozen,
         seconds=(taught - start, trained - taught),
     )
 

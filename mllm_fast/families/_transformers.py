@@ -75,7 +75,7 @@ def watched(modules: Iterable[nn.Module]) -> bool:
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return True
     return any(
-        hooked(module) or output_capturing._active_collector.get() is not None
+        hooked(module) or output_capturing._active_collector.get()  # which is empty where nothing is recorded
         for module in modules
         if children.hooked(module)
     )

@@ -208,7 +208,9 @@ class FusedBlipTextModel(BlipTextModel):
             last=self._layers()[-1],
             rows=rows,
             # No norm may be pending where somebody else sees what a layer hands on.
-            defers=may_defer(text.device.type) and not watched(self.encoder.layer),
+            defers=may_defer(text.device.type)
+            and not asked_for("output_hidden_states", self, kwargs)
+            and not watched(self.encoder.layer),
         )
         if image is not None:
             told.image_mask = self._image_mask(kwargs, image, batch, image_index)

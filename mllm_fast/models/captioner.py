@@ -14,13 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..quantization import load, quantize_llm
 from .flamingo import Flamingo
 from .patch_encoder import PatchEncoder
 
@@ -128,7 +129,7 @@ class Captioner:
             FileNotFoundError: `folder` holds no captioner.
             BridgeMismatchError: its parts do not fit together.
         """
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         folder = Path(folder)
         wanted = (CONFIG_FILE, LANGUAGE_MODEL_FOLDER, TOKENIZER_FOLDER)
@@ -138,7 +139,7 @@ class Captioner:
             )
         vision = PatchEncoder(**json.loads((folder / CONFIG_FILE).read_text())["vision"])
         with _no_progress_bars():
-            lm = AutoModelForCausalLM.from_pretrained(folder / LANGUAGE_MODEL_FOLDER, local_files_only=True)
+            lm = load(folder / LANGUAGE_MODEL_FOLDER, dtype=None, device="cpu", fuse=False)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER_FOLDER, local_files_only=True)
         return cls(Flamingo.from_bridge(folder, lm, vision), tokenizer)
 
@@ -158,7 +159,11 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def generate_captions(
-    path: str | Path, images: Sequence[str | Path], prompt: str | None = None, max_new_tokens: int = 32
+    path: str | Path,
+    images: Sequence[str | Path],
+    prompt: str | None = None,
+    max_new_tokens: int = 32,
+    llm: Literal["nf4", "fp4", "int8"] | None = None,
 ) -> list[str]:
     """Caption image files with the captioner in folder `path`, one sentence each.
 
@@ -167,12 +172,16 @@ def generate_captions(
         images: files of any size that Pillow reads.
         prompt: words that every caption begins with.
         max_new_tokens: words added to the prompt at most.
+        llm: quantise the language model first.
 
     Raises:
         FileNotFoundError: no captioner in `path`, or an image file is missing.
-        ValueError: no images, a file that is no image, or a prompt with unknown words.
+        ValueError: no images, a file that is no image, a prompt with unknown words, or a language model that is
+            quantised already.
     """
     if not images:
         raise ValueError("no images were given; pass at least one image file")
     captioner = Captioner.load(path)
+    if llm is not None:
+        quantize_llm(captioner.model, llm)
     return captioner.caption(torch.stack([captioner.read(image) for image in images]), prompt, max_new_tokens)

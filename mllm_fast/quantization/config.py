@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,17 @@ KINDS = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Of LLM.int8 (arXiv 2208.07339, section 3.2), for `outliers="llm_int8"` and for bitsandbytes itself.
 THRESHOLD = 6.0
+
+
+def import_bitsandbytes() -> Any:
+    """The bitsandbytes package, without its complaint, at import, of a CPU kernel that it would download."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)

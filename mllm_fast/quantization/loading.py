@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..fusion import NothingToFuseError, fuse
-from .config import Recipe
+from .config import Recipe, import_bitsandbytes
 from .quantize import adopt
 from .report import quantization_report
 from .selection import NothingToQuantizeError, Selection, names_to_skip, quantized_layers, select
@@ -31,7 +31,7 @@ def load(
     name_or_path: str | Path,
     llm: Literal["nf4", "fp4", "int8"] | None = None,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     device: str | torch.device | None = None,
     device_map: Any = None,
     fuse: bool = True,
@@ -55,7 +55,7 @@ def load(
     Args:
         name_or_path: a folder, or a name on the Hugging Face hub.
         llm: how to quantise the language model; None keeps it as it is in the checkpoint, quantised or not.
-        dtype: of everything that is not quantised.
+        dtype: of everything that is not quantised; None: as in the checkpoint.
         device: where to; default: the first GPU, or the CPU where there is none.
         device_map: transformers' own way to spread a model, in place of `device`.
         fuse: put the drop-ins in (`mllm_fast.fuse` with `level`, `fixes` and `prepack`). Quantised layers run mllm_fast's
@@ -90,7 +90,10 @@ def load(
         kwargs["quantization_config"] = recipe.config(skipped)
     if recipe is not None or stored is not None:
         _need_accelerate()
-    model: nn.Module = _from_pretrained(model_class, name_or_path, dtype=dtype, device_map=device_map, **kwargs)
+        import_bitsandbytes()
+    model: nn.Module = _from_pretrained(
+        model_class, name_or_path, dtype="auto" if dtype is None else dtype, device_map=device_map, **kwargs
+    )
     adopt(model, outliers=outliers)
     if compute_dtype is not None:
         for layer in quantized_layers(model).values():
@@ -119,7 +122,8 @@ def _plan(model_class: Any, config: Any, **choice: Any) -> tuple[Selection, list
 def _config(name: str | Path, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    from ..models import MiniGPT4Config, MplugOwlConfig  # noqa: F401  # which register themselves with transformers
+    # They register themselves with transformers.
+    from ..models import FlamingoModelConfig, MiniGPT4Config, MplugOwlConfig  # noqa: F401
 
     hub = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "trust_remote_code", "force_download")
     options = {key: kwargs[key] for key in hub if key in kwargs}

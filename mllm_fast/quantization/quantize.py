@@ -13,7 +13,7 @@ from ..families import state_of
 from ..fusion import NothingToFuseError, fuse
 from ..modules.children import hooked
 from ..modules.frozen_linear import FrozenLinearSpec
-from .config import KINDS, THRESHOLD, Recipe, describe
+from .config import KINDS, THRESHOLD, Recipe, describe, import_bitsandbytes
 from .report import QuantizationReport, quantization_report
 from .selection import NothingToQuantizeError, Selection, Target, quantized_layers, select
 
@@ -127,8 +127,7 @@ def kind_of(layer: Any) -> str:
 
 def _quantized(linear: Any, recipe: Recipe) -> nn.Module:
     """A quantised layer with the weights of `linear`, which stays as it is."""
-    import bitsandbytes as bnb
-
+    bnb = import_bitsandbytes()
     weight: torch.Tensor = linear.weight.detach()
     if not isinstance(linear, nn.Linear):  # GPT-2's Conv1D has its weight the other way round
         weight = weight.T.contiguous()

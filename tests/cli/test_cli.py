@@ -150,13 +150,24 @@ def test_generate_prints_a_line_per_image(
         path.touch()
 
     def generate_captions(
-        path: str, images: Sequence[Path], prompt: str | None = None, max_new_tokens: int = 1
+        path: str, images: Sequence[Path], prompt: str | None = None, max_new_tokens: int = 1, llm: str | None = None
     ) -> list[str]:
-        assert path == str(model)
+        assert (path, llm) == (str(model), "nf4")
         return [f"{prompt} {max_new_tokens} {image.name}" for image in images]
 
     monkeypatch.setattr(captioner, "generate_captions", generate_captions)
-    command = ["generate", str(model), str(first), str(second), "--prompt", "a", "--max-new-tokens", "4"]
+    command = [
+        "generate",
+        str(model),
+        str(first),
+        str(second),
+        "--prompt",
+        "a",
+        "--max-new-tokens",
+        "4",
+        "--llm",
+        "nf4",
+    ]
     assert cli.main(command) == 0
     assert capsys.readouterr().out == f"{first}: a 4 1.png\n{second}: a 4 2.png\n"
 

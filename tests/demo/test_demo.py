@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_fast import demo
+from mllm_fast import demo, quantization_report
 from mllm_fast.demo import digits
 from mllm_fast.models.captioner import Captioner, generate_captions
 
@@ -40,6 +40,8 @@ def test_it_succeeds_in_a_minute_of_one_core(finished: Finished) -> None:
 
 def test_the_saved_bridge_captions_held_out_digits(finished: Finished) -> None:
     captioner = Captioner.load(finished.folder / "bridge")
+    kinds = [row.kind for row in quantization_report(captioner.model).quantized]
+    assert kinds == ["nf4"] * 21  # the language model was frozen in 4 bits
     _, _, images, answers = digits.load_images(digits.QUICK_SETTINGS.seed)
     for prompt in digits.TRAINED_PROMPTS:
         said = captioner.caption(images, prompt, max_new_tokens=8)

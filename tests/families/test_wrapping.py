@@ -281,11 +281,11 @@ def test_4_bit_children(kind: BlockKind, path_of: Callable[[BlockKind], str], fu
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fused, upstream = wrapped_twins(kind, pack, fuse_first)
-        # Blocks of 64 straddle rows of 48 (the media's width), where bitsandbytes goes wrong on CPUs.
-        packed = child(upstream, path_of(kind))
-        with torch.no_grad():
+        if not fuse_first:  # the packed layer is swapped as well
+            # Blocks of 64 straddle rows of 48 (the media's width), where bitsandbytes goes wrong on CPUs.
+            packed = child(upstream, path_of(kind))
             dense = nn.Linear(packed.in_features, packed.out_features, bias=False)
-            dense.weight.copy_(exact_weight(packed))
+            dense.weight = nn.Parameter(exact_weight(packed, torch.float32))
             upstream.set_submodule(path_of(kind), dense)
         inputs = kind.inputs()
         with torch.no_grad():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from mllm_fast.kernels.quantized_linear import Nested, Weight4bit, Weight8bit
+from mllm_fast.kernels.quantized_linear import Lora, Nested, Weight4bit, Weight8bit, quantized_linear
+from tests.kernels.op_checks import Inputs
+
+Weight = Weight4bit | Weight8bit
 
 
 def quantized(
@@ -74,3 +78,35 @@ def nf4_map() -> Tensor:
     """The sixteen numbers of NF4."""
     code: Tensor = bnb.get_4bit_type("nf4", device="cpu")
     return code
+
+
+# One of each kind, for tests of everything.
+WEIGHTS: dict[str, Callable[[], Weight]] = {
+    "nf4": lambda: weight_4bit(48, 192),
+    "fp4": lambda: weight_4bit(40, 128, "fp4"),
+    "nested": lambda: weight_4bit(90, 192, nested=True),
+    "blocks of 128": lambda: weight_4bit(33, 384, "fp4", 128, nested=True),
+    "straddling blocks": lambda: weight_4bit(70, 96),
+    "odd": lambda: weight_4bit(37, 51, blocksize=32),
+    "any map": lambda: mapped_weight(48, 128),
+    "int8": lambda: weight_8bit(75, 130),
+    "int8 in whole vectors": lambda: weight_8bit(75, 192),
+}
+
+
+def inputs(weight: Weight, rows: tuple[int, ...], rank: int = 0) -> Inputs:
+    """Random x, bias, and with a rank the factors of a low-rank term."""
+    width, columns = weight.shape
+    drawn = {"x": torch.randn(*rows, columns), "bias": torch.randn(width)}
+    if rank:
+        drawn |= {"a": torch.randn(rank, columns) * columns**-0.5, "b": torch.randn(width, rank) * rank**-0.5}
+    return drawn
+
+
+def ours(weight: Weight) -> Callable[..., Tensor]:
+    """quantized_linear on inputs by name, with a low-rank term where they have its factors."""
+
+    def call(x: Tensor, bias: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        return quantized_linear(x, weight, bias, lora=None if a is None or b is None else Lora(a, b, 0.5))
+
+    return call

@@ -12,7 +12,7 @@ import pytest
 from tests.kernels.triton_device import INTERPRETING
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path.name for path in Path(__file__).parent.glob("test_*_triton.py"))
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*_triton.py"))
 
 
 @pytest.mark.skipif(INTERPRETING, reason="already in the interpreter")
@@ -20,7 +20,7 @@ FILES = sorted(path.name for path in Path(__file__).parent.glob("test_*_triton.p
 def test_in_the_interpreter(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, f"tests/kernels/{name}"],
+        [*command, name],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

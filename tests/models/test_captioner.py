@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from mllm_fast.demo.digits import build_bridge, build_tokenizer
 from mllm_fast.models.captioner import Captioner, generate_captions
 from mllm_fast.models.patch_encoder import PatchEncoder
+from mllm_fast.quantization import quantize_llm
 from tests.models.helpers import flamingo
 
 
@@ -46,6 +48,26 @@ def test_a_folder_is_all_there_is(captioner: Captioner, tmp_path: Path) -> None:
     expected = captioner.caption(images, max_new_tokens=6)
     assert len(set(expected)) > 1
     assert Captioner.load(moved).caption(images, max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_language_model(captioner: Captioner, kind: str, tmp_path: Path) -> None:
+    """Saved as it is, and read back with mllm_fast's computation in it."""
+    ours = copy.deepcopy(captioner)
+    quantize_llm(ours.model, kind)
+    images = 10 * torch.randn(6, 1, 8, 8)
+    expected = ours.caption(images, max_new_tokens=6)
+    again = Captioner.load(ours.save(tmp_path / "bridge"))
+    assert again.caption(images, max_new_tokens=6) == expected
+    layers = [m for m in again.model.lm.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+    assert len(layers) == 14
+    assert all(type(m).__qualname__.startswith("Fused") for m in layers)
+    path = tmp_path / "digit.png"
+    Image.fromarray(np.arange(0, 128, 2, dtype=np.uint8).reshape(8, 8)).save(path)
+    plain = captioner.save(tmp_path / "plain")
+    assert generate_captions(plain, [path], llm=kind) == generate_captions(tmp_path / "bridge", [path])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantised already"):
+        generate_captions(tmp_path / "bridge", [path], llm=kind)  # type: ignore[arg-type]
 
 
 def test_image_files_are_captioned(captioner: Captioner, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPConfig, T5Config
 
+import mllm_fast
 from mllm_fast.models import Flamingo, FlamingoForConditionalGeneration, FlamingoModelConfig
 from tests.models.flamingo_models import GREEDY, IMAGE, PAD, TEXTS, VISION, VISIONS, alone, config, flamingo, prompts
 
@@ -195,3 +196,14 @@ def test_clear_errors() -> None:
         flamingo()(**(inputs | {"image_mask": torch.tensor([[1, 0], [1, 0], [0, 0]])}))
     with pytest.raises(ValueError, match="every=9 leaves no gated block"):
         FlamingoForConditionalGeneration(config(every=9))
+
+
+def test_loaded_with_a_quantised_language_model(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    flamingo().save_pretrained(tmp_path)
+    model: Any = mllm_fast.load(tmp_path, llm="nf4", device="cpu")
+    assert type(model.model.lm.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    kept = (*model.model.blocks.modules(), *model.model.resampler.modules(), *model.model.vision_encoder.modules())
+    assert not any("4bit" in type(module).__name__ for module in kept)
+    assert _trained(model) == _trained(flamingo())
+    assert model(**prompts()).logits.shape == (3, 7, 40)

@@ -126,6 +126,7 @@ def test_dtypes(folder: Path) -> None:
     model = mllm_fast.load(folder, "nf4", dtype=torch.float16)
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float16}
     assert {layer.compute_dtype for layer in quantized_layers(model).values()} == {torch.bfloat16}
+    assert mllm_fast.load(folder, "int8", dtype=None).dtype == torch.bfloat16
     model = mllm_fast.load(folder, "nf4", compute_dtype=torch.float32)
     assert {layer.compute_dtype for layer in quantized_layers(model).values()} == {torch.float32}
     assert model.lm_head.weight.dtype == torch.bfloat16
