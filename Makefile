@@ -82,16 +82,17 @@ audit: $(READY) ## compile every kernel without a GPU; ARGS="--arch sm_90" selec
 
 # Under nine minutes, for each step has its share of them. Every step runs, also after one that failed; the exit status
 # tells whether all went well. The results go to bench/results/<name of the GPU>/, the benchmarks' after every workload.
+# The tests spend their time compiling, hence the processes.
 # The last step lets the library choose by them; it needs no GPU, so that it can also be run where the results are kept.
 gpu: $(READY) ## run everything that needs a GPU
-	$(call require,pytest matplotlib)
+	$(call require,pytest xdist matplotlib)
 	@failed=; \
 	step() { echo "== $${*:2}"; timeout --signal=INT --kill-after=10 "$$@" || failed="$$failed [$${*:2}]"; }; \
 	gpu=$$($(PY) -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())' 2>/dev/null) || \
 		{ echo "no GPU was found; make audit and make bench need none" >&2; exit 2; }; \
 	results=bench/results/$$gpu; mkdir -p $$results; \
 	step 20 $(PY) -m mllm_fast.cli info; \
-	step 150 $(PY) -m pytest -m gpu $(ARGS); \
+	step 150 $(PY) -m pytest -m gpu -n $$(( $$(nproc) < 12 ? $$(nproc) : 12 )) --dist worksteal $(ARGS); \
 	step 120 $(PY) -m mllm_fast.cli audit --arch native --processes $$(nproc); \
 	step 210 $(PY) -m bench --out $$results/bench.json; \
 	step 20 $(PY) -m bench --plot $$results/bench.json; \

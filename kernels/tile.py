@@ -80,7 +80,9 @@ def lowest_bit(word):
 def kept(seed, dropout_p, o_first, o_second):
     """[len(first), len(second)] bool: True with probability 1 - dropout_p, a function of the seed and the two numbers.
 
-    Philox-4x32 with 7 rounds, the fewest that pass TestU01's BigCrush (Salmon et al., SC 2011, table 2).
+    Philox-4x32 with 7 rounds, the fewest that pass TestU01's BigCrush (Salmon et al., SC 2011, table 2). Three of its
+    four outputs stay unused: they could only serve the neighbours of a number, and a tile may begin at any (key 257 of
+    the second image), so that neighbours are not the same four in every tile.
     """
     b_zero = o_first[:, None] * 0 + o_second[None, :] * 0
     b_random, _, _, _ = tl.philox(seed, o_first[:, None] + b_zero, o_second[None, :] + b_zero, b_zero, b_zero, 7)

@@ -146,8 +146,8 @@ def fuse(
             report.left_alone.append(LeftAloneRow(paths, _name(state.original_class), "already fused"))
             report.graphs += _graphs(module, paths)
             continue
-        if isinstance(module.__dict__.get("_mllm_fast"), FusedState):
-            reason = f"a module of mllm_fast itself, which runs its kernels without ({module._mllm_fast.options})"
+        if isinstance(own := module.__dict__.get("_mllm_fast"), FusedState):
+            reason = f"a module of mllm_fast itself, which runs its kernels without ({own.options})"
             report.left_alone.append(LeftAloneRow(paths, _name(type(module)), reason))
             continue
         entry = find(module)

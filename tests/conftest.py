@@ -13,6 +13,8 @@ from collections.abc import Iterator
 # Before anything imports a library that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without it cuBLAS refuses to run where `poisoned` (tests/kernels/triton_device.py) asks for deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import pytest
@@ -43,7 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        # Where there is a GPU, the tests of Triton kernels run on it (tests/kernels/triton_device.py).
+        for item in items:
+            if item.path.name.endswith("_triton.py"):
+                item.add_marker(pytest.mark.gpu)
     if not any(item.get_closest_marker("gpu") for item in items) or torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")

@@ -37,6 +37,24 @@ def test_ops_are_listed_by_name() -> None:
     assert [op.has_triton for op in runtime.ops()] == [True, False]
 
 
+def test_an_op_may_say_more_of_an_architecture() -> None:
+    assert runtime.op("fused").details("sm_90") == ()
+    assert runtime.op("fused").note("sm_90") == ""
+    detail = runtime.Detail("all calls", "triton", "why not")
+    runtime.register_op("fused", "has kernels", has_triton=True, details=lambda a: [detail], note=lambda a: f"on {a}")
+    assert runtime.op("fused").details("sm_90") == [detail]
+    assert runtime.op("fused").note("sm_80") == "on sm_80"
+
+
+def test_choose_for_asks_only_where_triton_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    _has_triton(monkeypatch, gpu=True)
+    assert runtime.choose_for("fused", "cpu", lambda: pytest.fail("asked")) == "torch"
+    assert runtime.choose_for("fused", "cuda", lambda: None) == "triton"
+    assert runtime.choose_for("fused", "cuda", lambda: "too wide") == "torch"
+    with runtime.backend("triton"), pytest.raises(runtime.BackendUnavailableError, match="too wide; call it under"):
+        runtime.choose_for("fused", "cuda", lambda: "too wide")
+
+
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", "pytorch"])
 def test_unknown_backend_names_the_known_ones(name: str) -> None:
     with pytest.raises(runtime.UnknownBackendError, match=r"'auto', 'triton', 'torch'"), runtime.backend(name):

@@ -6,7 +6,6 @@ PEFT, bitsandbytes, accelerate, FSDP or a forward hook has wrapped computes some
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -289,14 +288,9 @@ def _plain_storage(tensors: Sequence[Tensor | None]) -> bool:
 def resolve(module: nn.Module, path: str) -> Any:
     """The child or parameter at a dotted path: `resolve(block, "attn.to_q")`."""
     found: Any = module
-    for name in _split(path):
+    for name in path.split("."):
         child = found._modules.get(name)
         if child is None:
             child = found._parameters.get(name)
         found = getattr(found, name) if child is None else child
     return found
-
-
-@functools.cache
-def _split(path: str) -> tuple[str, ...]:
-    return tuple(path.split("."))

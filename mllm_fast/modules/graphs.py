@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, Protocol
 
 import torch
@@ -103,10 +103,13 @@ class Fingerprint:
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self.modules = [module for part in parts for module in part.modules()]
-        self._tables = [t for m in self.modules for t in (m._parameters, m._buffers, m._modules)]
+        modules = [module for part in parts for module in part.modules()]
+        # All of this is asked before every replay, of hundreds of modules: most tables are empty, and loops run in C.
+        tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
+        self._tables, self._empty = [t for t in tables if t], [t for t in tables if not t]
         self._members = self._read_members()
-        self._hooks = [getattr(m, name) for m in self.modules for name in _HOOKS]
+        self._attributes = [m.__dict__ for m in modules]
+        self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         self.tensors = [x for x in self._members if isinstance(x, Tensor)]
         self._versioned = [t for t in self.tensors if not t.is_inference()]
         # While a storage lives, nothing else comes to lie where it lies.
@@ -127,6 +130,8 @@ class Fingerprint:
 
     def same_modules(self) -> bool:
         """Whether children, parameters and buffers are the same objects."""
+        if any(self._empty):
+            return False
         members = self._read_members()
         return len(members) == len(self._members) and all(map(operator.is_, members, self._members))
 
@@ -140,7 +145,11 @@ class Fingerprint:
             hooks = chain.from_iterable(table.values() for table in self._hooks)
             if not all(getattr(hook, "__module__", None) in PASSIVE_HOOKS for hook in hooks):
                 return True
-        return any("forward" in m.__dict__ for m in self.modules)
+        return any(map(operator.contains, self._attributes, repeat("forward")))
+
+    def training(self) -> bool:
+        """Whether any module is in training mode."""
+        return any(map(operator.itemgetter("training"), self._attributes))
 
 
 class _Graph:
@@ -269,7 +278,7 @@ class Graphs:
             return "an argument is neither a tensor nor a constant"
         if torch.is_grad_enabled() and any(t.requires_grad for t in chain(tensors, fingerprint.tensors)):
             return "gradients are wanted"
-        if any(m.training for m in fingerprint.modules):
+        if fingerprint.training():
             return "it is in training mode"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"

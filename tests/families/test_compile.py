@@ -21,7 +21,6 @@ from tests.families.builders import (
     MEDIA_DIM,
     idefics,
     idefics_inputs,
-    luc_resampler,
     of_inputs,
     of_model,
     of_resampler,
@@ -30,7 +29,10 @@ from tests.families.decoders import FlamingoDecoder
 from tests.families.generating import SYSTEMS, System
 from tests.models import helpers
 
-systems = pytest.mark.parametrize("system", SYSTEMS, ids=str)
+# Of the two language models that each Q-Former is built for, one: what is compiled of them is transformers' own.
+systems = pytest.mark.parametrize(
+    "system", [s for s in SYSTEMS if s.name not in ("blip2_t5", "instructblip_opt")], ids=str
+)
 # Where gated blocks read media, and how wide these are; no other weight has such rows.
 MEDIA_WIDTHS = {"open_flamingo": MEDIA_DIM, "idefics": MEDIA_DIM, "flamingo": helpers.VISION_DIM}
 
@@ -202,17 +204,14 @@ def _prompt(name: str) -> dict[str, Tensor]:
 FORWARDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     # how to build it, its inputs, the output that is looked at
     "open_flamingo_resampler": (of_resampler, {"x": torch.linspace(-1, 1, 2 * 2 * 7 * 48).view(2, 2, 1, 7, 48)}, ""),
-    "flamingo_pytorch_resampler": (luc_resampler, {"x": torch.linspace(-1, 1, 2 * 2 * 7 * 48).view(2, 2, 7, 48)}, ""),
-    "idefics": (idefics, idefics_inputs("many"), "logits"),
     "blip_retrieval": (
         lambda: blip_models.model(BlipForImageTextRetrieval),
         blip_models.inputs(left=2) | {"use_itm_head": True},
         "itm_score",
     ),
-    "blip": (blip_models.model, blip_models.inputs(), "logits"),
     **{
         name: (lambda name=name: qformers.generator(name), _prompt(name), "logits")
-        for name in ("blip2", "instructblip", "instructblipvideo")
+        for name in ("blip2", "instructblip")
     },
     "llava": (llava_models.model, llava_models.inputs(), "logits"),
 }

@@ -19,8 +19,9 @@ from tests.kernels.triton_device import DEVICE, INTERPRETING, poisoned, require_
 require_triton()
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-# The drawn calls come from the strategies of the reference's tests, but fewer of them: the interpreter is slow.
-EXAMPLES = settings(max_examples=6 if INTERPRETING else 200)
+# The drawn calls come from the strategies of the reference's tests, but fewer of them: the interpreter
+# is slow, and so is the compiler.
+EXAMPLES = settings(max_examples=6 if INTERPRETING else 30)
 
 
 @EXAMPLES
