@@ -97,7 +97,7 @@ def sigmoid(b_x):
 
 @triton.jit
 def tanh(b_x):
-    """tanh(x) in fp32, also near 0 accurate to a few units in the last place."""
+    """The hyperbolic tangent in fp32, also near 0 accurate to a few units in the last place."""
     b_e = tl.exp2(tl.abs(b_x) * (-2.0 * LOG2E))
     b_far = (1.0 - b_e) / (1.0 + b_e)
     b_far = tl.where(b_x < 0.0, -b_far, b_far)

@@ -216,7 +216,7 @@ _ENTRIES = (
         "FusedIdefics2PerceiverResampler",
         _RESAMPLER_OPS,
         graphs="yes",
-    ),  # fmt: skip
+    ),
     Entry(f"{_IDEFICS2}.Idefics2Connector", "idefics2", "FusedIdefics2Connector", ("norm_linear",)),
     Entry(
         "transformers.models.mllama.modeling_mllama.MllamaCrossAttentionDecoderLayer",

@@ -281,7 +281,12 @@ def embed(model: nn.Module, x: Tensor, norm: nn.Module, dropout: nn.Module) -> T
     if not drops:
         x = one_if_shared(x, model._mllm_fast.options)
     x, read = x.to(norm.weight.dtype), children.read_norm(norm)
-    if not drops and read is not None and model._mllm_fast.options.level >= 1 and defers_norm(x, read.weight, read.bias):
+    if (
+        not drops
+        and read is not None
+        and model._mllm_fast.options.level >= 1
+        and defers_norm(x, read.weight, read.bias)
+    ):
         return (Rows(x.expand(batch, -1, -1), read),)
     x = children.normalize(x, norm)
     return dropout(x) if drops else x.expand(batch, -1, -1)

@@ -75,7 +75,11 @@ class FusedBlipTextLayer(BlipTextLayer):
         told: MedPass | None = kwargs.pop(PASS, None)
         if told is None:
             others = (attention_mask, encoder_attention_mask, past_key_values)
-            if any(x is not None for x in others) or not self.readable() or asked_for("output_attentions", self, kwargs):
+            if (
+                any(x is not None for x in others)
+                or not self.readable()
+                or asked_for("output_attentions", self, kwargs)
+            ):
                 return super().forward(
                     hidden_states,
                     encoder_hidden_states,

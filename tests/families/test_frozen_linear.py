@@ -224,3 +224,24 @@ def test_no_warning_without_a_reason() -> None:
         warnings.simplefilter("error")
         ours = fused(layer4())
         ours.eval()(draw(2, 128))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4", "nested", "fp4", "int8"])
+def test_on_a_gpu_and_back(kind: str) -> None:
+    upstream: Any = (
+        layer8() if kind == "int8" else layer4(nested=kind == "nested", quant_type="fp4" if kind == "fp4" else "nf4")
+    )
+    ours, before = fused(upstream), tensors(upstream)
+    reference = {rows: exact(upstream, draw(rows, 128)) for rows in (1, 7, 300)}
+    slope = exact_weight(upstream)
+    for device in ("cuda", "cpu", "cuda"):
+        ours.to(device)
+        for rows, expected in reference.items():
+            x = draw(rows, 128).to(device)
+            for mode in (True, False):
+                assert error(ours.train(mode)(x).detach().cpu(), expected) < 5e-3
+            given = gradient(ours, x)
+            assert given is not None
+            assert error(given.cpu(), torch.ones(rows, 64).double() @ slope) < 5e-3
+        assert_equal_bytes({name: value.cpu() for name, value in tensors(ours).items()}, before)

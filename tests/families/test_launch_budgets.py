@@ -15,6 +15,7 @@ from tests.families.budgets import CASES, DECODER_LAYER, PUBLISHED, Call, Case, 
 from tests.families.fake_gpu import FakeGpu, fake_gpu
 from tests.families.launches import Launches, recorded
 
+
 @pytest.fixture
 def gpu() -> Iterator[FakeGpu]:
     with warnings.catch_warnings():

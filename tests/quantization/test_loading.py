@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import mllm_fast
 from mllm_fast.quantization import ModelNotFoundError, NothingToQuantizeError, UnmatchedNameError
 from mllm_fast.quantization.selection import quantized_layers
 from tests.families import qformers
-from tests.families.quantized_layers import assert_equal_bytes, tensors
+from tests.families.quantized_layers import assert_equal_bytes, error, tensors
 from tests.models import minigpt4_models, mplug_owl_models
 from tests.quantization import systems
 
@@ -232,3 +232,17 @@ def test_memory(folder: Path, tmp_path: Path) -> None:
         peak, quantised = map(int, line.split())
         assert quantised < 0.6 * whole
         assert peak < quantised + shard
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_onto_a_gpu(kind: Literal["nf4", "int8"], folder: Path, tmp_path: Path) -> None:
+    model = mllm_fast.load(folder, kind, device="cuda")
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    given = {name: value.cuda() for name, value in systems.inputs("llava", torch.bfloat16).items()}
+    with torch.no_grad():
+        logits = model(**given).logits
+        exact = systems.dense(model.cpu()).cuda()(**given).logits
+    assert error(logits, exact.double()) < 5e-2
+    model.cuda().save_pretrained(tmp_path)
+    assert_equal_bytes(tensors(mllm_fast.load(tmp_path, device="cuda")), tensors(model))
