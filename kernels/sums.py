@@ -13,7 +13,8 @@ from torch import Tensor
 from .target import on_device
 from .tile import tanh
 
-_BLOCK_PARTS, _BLOCK_COLUMNS, _WARPS = 16, 64, 4
+# Of a tile, which 4 warps share: 16 each.
+_ELEMENTS = 2048
 
 
 @triton.jit(do_not_specialize=("parts",))
@@ -52,8 +53,14 @@ def column_sums(parts: Tensor, shape: torch.Size, dtype: torch.dtype, gate: Tens
     """
     out = torch.empty(shape, dtype=dtype, device=parts.device)
     number, columns = parts.shape
+    BP, BN = _blocks(number, columns)
     with on_device(parts):
-        column_sums_kernel[(triton.cdiv(columns, _BLOCK_COLUMNS),)](
-            parts, gate, out, number, columns, BP=_BLOCK_PARTS, BN=_BLOCK_COLUMNS, num_warps=_WARPS
-        )
+        column_sums_kernel[(triton.cdiv(columns, BN),)](parts, gate, out, number, columns, BP=BP, BN=BN, num_warps=4)
     return out
+
+
+def _blocks(parts: int, columns: int) -> tuple[int, int]:
+    """Parts and columns of a tile: few steps over many parts, and no idle lanes where there are few of either."""
+    BP = 4 if parts <= 4 else 16 if parts <= 16 else 64
+    BN = min(_ELEMENTS // BP, triton.next_power_of_2(columns))
+    return max(BP, _ELEMENTS // BN) if parts > 16 else BP, BN

@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import state_of
+from .families import class_path, state_of
+from .families.language_models import QUANTIZED
 from .fusion import fuse, unfuse
 from .kernels import runtime
+from .modules.frozen_linear import FrozenLinearState
+from .quantization import adopt
 
 # How much larger the fused model's error may be, and an error that is rounding whatever the other's is (of the largest
 # entry, in units of the dtype's eps).
@@ -153,11 +156,14 @@ def verify(
         NothingToFuseError: the model holds nothing to fuse.
     """
     training = model.training
-    was_fused = any(state_of(module) is not None for module in model.modules())
+    quantised = any(isinstance(state_of(module), FrozenLinearState) for module in model.modules())
+    was_fused = any(_swapped(module) for module in model.modules())
     report = None if was_fused else fuse(model, **options)
     try:
         plain = copy.deepcopy(model)
         unfuse(plain)
+        if quantised:
+            adopt(plain)  # it came with our quantised layers, fused or not
         plain.eval()
         _leave_packed_weights_alone(plain)
         unfused, unfused_ids = _run(plain, inputs, new_tokens)
@@ -167,10 +173,12 @@ def verify(
         del plain
         model.eval()
         fused, fused_ids = _run(model, inputs, new_tokens)
-        number = sum(state_of(module) is not None for module in model.modules())
+        number = sum(map(_swapped, model.modules()))
     finally:
         if not was_fused:
             unfuse(model)
+            if quantised:
+                adopt(model)
         model.train(training)
     outputs = tuple(_compare(name, exact[name], unfused[name], fused[name], dtype) for name in exact if name in fused)
     made, same = _same(unfused_ids, fused_ids)
@@ -246,11 +254,23 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return min(found, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
+def _swapped(module: nn.Module) -> bool:
+    """Whether the module runs a drop-in of `fuse`; quantised layers run ours from the moment they are loaded."""
+    state = state_of(module)
+    return state is not None and not isinstance(state, FrozenLinearState)
+
+
 def _widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in `dtype`, but for quantised weights; transformers refuses to cast a model that holds some."""
     for module in model.modules():
+        packed = class_path(type(module)) in QUANTIZED or isinstance(state_of(module), FrozenLinearState)
         if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
-            setattr(module, "compute_dtype", torch.float32)  # noqa: B010  # bitsandbytes has no wider one
-    return model.to(dtype)
+            wide = dtype if state_of(module) is not None else torch.float32  # bitsandbytes has no wider one
+            setattr(module, "compute_dtype", wide)  # noqa: B010  # declared by bitsandbytes only
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_floating_point() and not (packed and name != "bias"):
+                tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def _cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -18,6 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import pytest
+import setuptools  # noqa: F401  # before any test: torch's inductor needs its distutils, and comes too late for it
 import torch
 
 if importlib.util.find_spec("hypothesis") is not None:

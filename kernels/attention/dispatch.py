@@ -26,7 +26,7 @@ from .masks import Mask
 
 Library = Literal["sdpa", "xformers"]
 LIBRARIES: tuple[Library, ...] = ("sdpa", "xformers")
-FASTER = 0.95
+FASTER = 0.98
 FILE = Path(__file__).with_name("measured.json")
 FORMAT = 1
 

@@ -6,7 +6,6 @@ Flat is the tensors of each group and then the extras, one after the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +57,7 @@ class Extras(NamedTuple):
         return None if self.row_mask is None else self.row_mask.contiguous().view(torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
+class Numbers(NamedTuple):
     """The rest of a call: norms are "", "layer_norm" or "rms_norm", with an eps for each group."""
 
     norm: str = ""

@@ -10,15 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import triton
 
 from ..target import PROCESSORS, Arch
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a configuration depends on.
 
     Attributes:
@@ -64,7 +63,7 @@ class Config:
         """How much of K an iteration takes."""
         return self.BK * self.SLICES
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, int]:
         """The keyword arguments of a launch that are not the kernel's own."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -121,7 +120,7 @@ def config_for(arch: Arch, problem: Problem) -> Config:
         sums = config.BM * config.BN * config.SLICES * (2 if p.glu else 1) // (lanes * config.num_warps)
         if not least <= config.BM <= most or sums > MAX_SUMS // (p.itemsize // 2):
             continue
-        tiles = sum(triton.cdiv(rows, config.BM) for rows in p.rows)
+        tiles = sum(cdiv(rows, config.BM) for rows in p.rows)
         number = tiles * column_tiles(p.features, config.BN, p.head)
         waves = number / PROCESSORS[arch]
         busy = waves / max(1, math.ceil(waves))
@@ -132,9 +131,14 @@ def config_for(arch: Arch, problem: Problem) -> Config:
     return _fit(arch, p, replace(chosen, SPLITS=_splits(arch, p, chosen, programs)))
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` is made for kernels too, and slow."""
+    return -(-a // b)
+
+
 def column_tiles(features: int, BN: int, head: int) -> int:
     """How many tiles of BN columns there are; heads that do not fill a tile have one each."""
-    return triton.cdiv(features, head if head and BN % head else BN)
+    return cdiv(features, head if head and BN % head else BN)
 
 
 def _tiles(p: Problem) -> tuple[tuple[float, Config], ...]:
@@ -166,7 +170,7 @@ def _fit(arch: Arch, p: Problem, config: Config) -> Config:
         config = replace(config, BK=config.BK // 2)
     if p.width % config.step:
         # Masked in K, perhaps unaligned, and so loaded through registers: small tiles.
-        BK = triton.next_power_of_2(triton.cdiv(p.width, config.SLICES))
+        BK = triton.next_power_of_2(cdiv(p.width, config.SLICES))
         config = replace(config, BK=max(16, min(32, BK)))
     stage = config.step * (config.BM * p.itemsize_x + config.BN * p.itemsize * (2 if p.glu else 1))
     small = config.BM * config.BN < 128 * 64
@@ -180,6 +184,7 @@ def _fit(arch: Arch, p: Problem, config: Config) -> Config:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def merge_config(features: int, head: int) -> Config:
     """Of `linear_merge`."""
     BN = min(512, triton.next_power_of_2(features)) if not head else triton.next_power_of_2(head)
@@ -221,6 +226,7 @@ def plan(arch: Arch, problem: Problem) -> Plan:
     return min(times, key=times.__getitem__)
 
 
+@functools.lru_cache(maxsize=4096)
 def edge_config(features: int) -> Config:
     """Of `edge_backward`."""
     BN = min(128, triton.next_power_of_2(features))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import target
@@ -136,8 +135,8 @@ def _edge(
         y = grad.reshape(rows, features).to(dtype)
         return _Edge(y, None, y.sum(0, dtype=None if g.bias is None else g.bias.dtype) if need_bias else None)
     config = configs.edge_config(features)
-    columns = triton.cdiv(features, config.BN)
-    programs = triton.cdiv(rows, config.BM)
+    columns = configs.cdiv(features, config.BN)
+    programs = configs.cdiv(rows, config.BM)
     if need_bias or extras_need.gate_bias or extras_need.gate:
         programs = min(programs, configs.summing_programs(target.arch_of(grad.device), columns))
 

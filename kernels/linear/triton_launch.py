@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from .. import target
 from ..rows import as_rows
-from ..target import keep_scale, on_device
+from ..target import Arch, keep_scale, on_device
 from . import configs
 from .call import NO_EXTRAS, NOTHING_SAVED, Extras, Group, Numbers, Saved, outputs_for
-from .configs import Config, Problem
+from .configs import Config, Problem, cdiv
 from .norm_calls import normalized
 from .triton_linear import grouped_tiles, linear_merge, linear_tiles
 
@@ -43,25 +41,27 @@ def forward(
     """
     first = groups[0]
     saves = {"saving": saving, "saving_branch": saving_branch}
-    if first.weight.shape[0] == 0 or not any(group.rows for group in groups):
+    rows = tuple(group.rows for group in groups)
+    if first.weight.shape[0] == 0 or not any(rows):
         return outputs_for(groups, extras, numbers, **saves)
+    arch, problem = target.arch_of(first.x.device), _problem(rows, first, extras, numbers)
     if plan is None:
-        problem = _problem(tuple(group.rows for group in groups), first, extras, numbers)
-        plan = configs.plan(target.arch_of(first.x.device), problem)
+        plan = configs.plan(arch, problem)
     with on_device(first.x):
         if plan != "fused" and numbers.norm:
             x = normalized(
                 first.x, numbers.norm, first.norm_weight, first.norm_bias, numbers.eps[0], first.weight.dtype
             )
             groups = (first._replace(x=x, norm_weight=None, norm_bias=None),)
-            numbers = replace(numbers, norm="")
+            numbers = numbers._replace(norm="")
+            problem = problem._replace(normed=False, itemsize_x=problem.itemsize)
         if plan == "vendor":
             return _vendor(groups[0], extras, numbers, saves)
         out, saved = outputs_for(groups, extras, numbers, **saves)
         if len(groups) == 1:
-            _launch_one(groups[0], extras, numbers, out, saved, config)
+            _launch_one(groups[0], extras, numbers, out, saved, arch, config or configs.config_for(arch, problem))
         else:
-            _launch_groups(groups, numbers, out, saved, config)
+            _launch_groups(groups, numbers, out, saved, arch, config)
     return out, saved
 
 
@@ -80,35 +80,25 @@ def _vendor(g: Group, extras: Extras, numbers: Numbers, saves: dict[str, bool]) 
 
 def _problem(rows: tuple[int, ...], group: Group, extras: Extras, numbers: Numbers) -> Problem:
     features, width = group.weight.shape
-    return Problem(
-        rows,
-        features,
-        width,
-        group.weight.element_size(),
-        group.x.element_size(),
-        normed=bool(numbers.norm),
-        bent=bool(numbers.activation) or extras.head > 0 or group.residual is not None,
-        glu=extras.gate_weight is not None,
-        head=extras.head,
-    )
+    head = extras.head
+    bent = bool(numbers.activation) or head > 0 or group.residual is not None
+    sizes = (group.weight.element_size(), group.x.element_size())
+    return Problem(rows, features, width, *sizes, bool(numbers.norm), bent, extras.gate_weight is not None, head)
 
 
 def _launch_one(
-    g: Group, extras: Extras, numbers: Numbers, out: Tensor, saved: Saved, config: Config | None = None
+    g: Group, extras: Extras, numbers: Numbers, out: Tensor, saved: Saved, arch: Arch, config: Config
 ) -> None:
     n = numbers
     features, width = g.weight.shape
     (x, residual), inner, strides = as_rows(g.x, g.residual)
     rows, head = g.rows, extras.head
-    arch = target.arch_of(out.device)
-    if config is None:
-        config = configs.config_for(arch, _problem((rows,), g, extras, numbers))
     parts = gate_parts = None
     if config.SPLITS > 1:
         count = 1 if extras.gate_weight is None else 2
         both = torch.empty(count, config.SPLITS, rows, features, dtype=torch.float32, device=out.device)
         parts, gate_parts = both[0], both[1] if count == 2 else None
-    tiles = triton.cdiv(rows, config.BM) * configs.column_tiles(features, config.BN, head)
+    tiles = cdiv(rows, config.BM) * configs.column_tiles(features, config.BN, head)
     linear_tiles[(tiles * config.SPLITS,)](
         x, g.weight, extras.gate_weight, g.bias, extras.gate_bias, g.norm_weight, g.norm_bias, extras.head_weight,
         residual, g.rnorm_weight, g.rnorm_bias, extras.gate, extras.mask_bytes, out, parts, gate_parts,
@@ -139,7 +129,7 @@ def merge(
     n, features, head = numbers, g.weight.shape[0], extras.head
     config = configs.merge_config(features, head)
     (_, residual), inner, strides = as_rows(g.x, g.residual)
-    linear_merge[(triton.cdiv(g.rows, config.BM) * configs.column_tiles(features, config.BN, head),)](
+    linear_merge[(cdiv(g.rows, config.BM) * configs.column_tiles(features, config.BN, head),)](
         parts, gate_parts, None if biased else g.bias, None if biased else extras.gate_bias, extras.head_weight,
         residual, g.rnorm_weight, g.rnorm_bias, extras.gate, extras.mask_bytes, out, saved.pre, saved.pre_gate,
         *strides[1], g.rows, inner, features, n.reps[0], n.head_eps, n.dropout_p, keep_scale(n.dropout_p), n.seed,
@@ -148,12 +138,13 @@ def merge(
     )  # fmt: skip
 
 
-def _launch_groups(groups: Sequence[Group], numbers: Numbers, out: Tensor, saved: Saved, config: Config | None) -> None:
+def _launch_groups(
+    groups: Sequence[Group], numbers: Numbers, out: Tensor, saved: Saved, arch: Arch, config: Config | None
+) -> None:
     """Two groups a launch; the last may be alone."""
     n = numbers
     outs = out.split([group.x.shape[-2] for group in groups], -2)
     bases = list(itertools.accumulate((group.rows for group in groups), initial=0))
-    arch = target.arch_of(out.device)
     features, width = groups[0].weight.shape
     for i in range(0, len(groups), 2):
         j = min(i + 1, len(groups) - 1)
@@ -163,8 +154,8 @@ def _launch_groups(groups: Sequence[Group], numbers: Numbers, out: Tensor, saved
             continue
         chosen = config or configs.config_for(arch, _problem(rows, g, NO_EXTRAS, numbers))
         first, second = (_arguments(groups[k], outs[k], bases[k], rows[k - i]) for k in (i, j))
-        tiles = sum(triton.cdiv(count, chosen.BM) for count in rows)
-        grouped_tiles[(tiles * triton.cdiv(features, chosen.BN),)](
+        tiles = sum(cdiv(count, chosen.BM) for count in rows)
+        grouped_tiles[(tiles * cdiv(features, chosen.BN),)](
             *first[0], *second[0], saved.pre, *first[1], *second[1], features, width,
             n.eps[i], n.reps[i], n.eps[j], n.reps[j], n.dropout_p, keep_scale(n.dropout_p), n.seed,
             NORM=n.norm, RNORM=n.rnorm, ACTIVATION=n.activation, DROPOUT=n.dropout_p > 0,

@@ -5,8 +5,8 @@ Traced calls go through `registered`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,38 +24,33 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KERNELS = "the Triton kernels of linear layers"
 
 
-def unsupported(groups: Sequence[Group], extras: Extras, normed: bool, rnormed: bool, lowered: bool) -> str | None:
-    """Why the kernels cannot serve a call, or None where they can.
-
-    Args:
-        groups, extras: as the public functions got them.
-        normed, rnormed: x is normalised first; the residual is.
-        lowered: under autocast, which brings the weights to one dtype, and an x without a norm too.
-    """
+def unsupported(groups: Sequence[Group], extras: Extras, numbers: Numbers) -> str | None:
+    """Why the kernels cannot serve a call, or None where they can."""
     first = groups[0]
-    device = first.x.device
+    index, x_dtype, dtype = first.x.get_device(), first.x.dtype, first.weight.dtype
     for t in flatten(groups, extras):
         if t is None:
             continue
-        if t.device != device:
-            return f"{_KERNELS} take tensors of one device, not {t.device} beside {device}"
-        if t.is_floating_point() and t.dtype not in _DTYPES:
+        if t.get_device() != index:
+            return f"{_KERNELS} take tensors of one device, not {t.device} beside {first.x.device}"
+        if t.dtype not in _DTYPES and t is not extras.row_mask:
             return f"{_KERNELS} take fp32, bf16 and fp16, not {t.dtype}"
-    if not lowered:
-        for group in groups:
-            if not first.x.dtype == group.x.dtype == group.weight.dtype:
-                return f"{_KERNELS} take one dtype outside autocast, not {group.x.dtype} beside {group.weight.dtype}"
-        if extras.gate_weight is not None and extras.gate_weight.dtype != first.weight.dtype:
-            return f"{_KERNELS} take one dtype outside autocast, not {extras.gate_weight.dtype} beside {first.x.dtype}"
-    if first.weight.shape[1] == 0:
+    for group in groups:
+        if group.x.dtype != x_dtype or group.weight.dtype != dtype:
+            return f"{_KERNELS} take groups of one dtype, not {group.x.dtype} beside {x_dtype}"
+    gate_weight = extras.gate_weight
+    if x_dtype != dtype and not (numbers.norm and _autocast(first.x.device.type)):
+        return f"{_KERNELS} take one dtype outside autocast, not {x_dtype} beside {dtype}"
+    if gate_weight is not None and gate_weight.dtype != dtype:
+        return f"{_KERNELS} take one dtype outside autocast, not {gate_weight.dtype} beside {dtype}"
+    features, width = first.weight.shape
+    if width == 0:
         return f"{_KERNELS} need at least one input feature"
     # Backward and large calls normalise in a launch of their own.
-    widths = ((normed, first.weight.shape[1]), (rnormed, first.weight.shape[0]))
-    if too_wide := [width for needed, width in widths if needed and width > MAX_WIDTH]:
-        return f"{_KERNELS} normalise rows of up to {MAX_WIDTH}, not {too_wide[0]}"
-    most = MAX_HEAD_FP32 if first.weight.dtype == torch.float32 else MAX_HEAD
-    if extras.head > most:
-        return f"{_KERNELS} normalise heads of up to {most} elements in {first.weight.dtype}, not {extras.head}"
+    if (numbers.norm and width > MAX_WIDTH) or (numbers.rnorm and features > MAX_WIDTH):
+        return f"{_KERNELS} normalise rows of up to {MAX_WIDTH}, not {width if numbers.norm else features}"
+    if extras.head > (MAX_HEAD_FP32 if dtype == torch.float32 else MAX_HEAD):
+        return f"{_KERNELS} normalise heads of up to {MAX_HEAD} elements, in fp32 {MAX_HEAD_FP32}, not {extras.head}"
     return None
 
 
@@ -81,33 +76,23 @@ def attempt(
     Raises:
         BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
-    if head_norm is not None:
-        extras = extras._replace(head_weight=head_norm.weight)
-    groups = [
-        group._replace(
-            norm_weight=None if norm is None else norm.weight,
-            norm_bias=None if norm is None else norm.bias,
-            rnorm_weight=None if rnorm is None else rnorm.weight,
-            rnorm_bias=None if rnorm is None else rnorm.bias,
-        )
-        for group, norm, rnorm in zip(groups, norms, residual_norms, strict=True)
-    ]
     device_type = groups[0].x.device.type
     low = torch.get_autocast_dtype(device_type) if _autocast(device_type) else None
-    normed = norms[0] is not None
-    if not runtime.may_serve(unsupported(groups, extras, normed, residual_norms[0] is not None, low is not None)):
-        return None
+    plain = tuple(map(functools.partial(_plain_group, low), groups, norms, residual_norms))
+    if extras is not NO_EXTRAS or head_norm is not None:
+        extras = _plain_extras(low, extras, head_norm)
     numbers = Numbers(
         _kind(norms[0]),
-        tuple(_eps(norm) for norm in norms),
+        tuple(map(_eps, norms)),
         _kind(residual_norms[0]),
-        tuple(_eps(norm) for norm in residual_norms),
+        tuple(map(_eps, residual_norms)),
         activation or "",
         _eps(head_norm),
         dropout_p,
     )
-    plain = tuple(_plain_group(group, normed, low) for group in groups)
-    return _run(plain, _plain_extras(extras, low), numbers, seed)
+    if not runtime.may_serve(unsupported(plain, extras, numbers)):
+        return None
+    return _run(plain, extras, numbers, seed)
 
 
 def similar(groups: Sequence[Group], norms: Sequence[Norm | None], residual_norms: Sequence[Norm | None]) -> bool:
@@ -136,34 +121,44 @@ def _eps(norm: Norm | None) -> float:
     return 0.0 if norm is None else norm.eps
 
 
-def _plain_group(group: Group, normed: bool, low: torch.dtype | None) -> Group:
+def _plain_group(low: torch.dtype | None, group: Group, norm: Norm | None, rnorm: Norm | None) -> Group:
     """The group as the kernels take it, its weight and bias in `low` if given, and x too if it has no norm."""
-    weight = _plain(group.weight, low)
-    assert weight is not None
+    x, weight, bias, _, _, residual, _, _ = group
+    if low is not None:
+        weight, bias = _lowered(weight, low), None if bias is None else _lowered(bias, low)
+        x = _lowered(x, low) if norm is None else x
     return Group(
-        group.x.to(low) if low is not None and not normed else group.x,
-        weight,
-        _plain(group.bias, low),
-        _plain(group.norm_weight, None),
-        _plain(group.norm_bias, None),
-        group.residual,
-        _plain(group.rnorm_weight, None),
-        _plain(group.rnorm_bias, None),
+        x,
+        _plain(weight),
+        None if bias is None else _plain(bias),
+        None if norm is None or norm.weight is None else _plain(norm.weight),
+        None if norm is None or norm.bias is None else _plain(norm.bias),
+        residual,
+        None if rnorm is None or rnorm.weight is None else _plain(rnorm.weight),
+        None if rnorm is None or rnorm.bias is None else _plain(rnorm.bias),
     )
 
 
-def _plain_extras(extras: Extras, low: torch.dtype | None) -> Extras:
-    gate = None if extras.gate is None else _plain(extras.gate.reshape(-1), None)
-    weight, bias = _plain(extras.gate_weight, low), _plain(extras.gate_bias, low)
-    return Extras(weight, bias, _plain(extras.head_weight, None), gate, extras.row_mask)
-
-
-def _plain(t: Tensor | None, low: torch.dtype | None) -> Tensor | None:
-    """A parameter with its last dimension contiguous, in `low` if given."""
-    if t is None:
-        return None
+def _plain_extras(low: torch.dtype | None, extras: Extras, head_norm: Norm | None) -> Extras:
+    weight, bias, _, gate, row_mask = extras
     if low is not None:
-        t = t.to(low)
+        weight, bias = (None if t is None else _lowered(t, low) for t in (weight, bias))
+    return Extras(
+        None if weight is None else _plain(weight),
+        None if bias is None else _plain(bias),
+        None if head_norm is None or head_norm.weight is None else _plain(head_norm.weight),
+        None if gate is None else _plain(gate if gate.dim() == 1 else gate.reshape(-1)),
+        row_mask,
+    )
+
+
+def _lowered(t: Tensor, low: torch.dtype) -> Tensor:
+    """As autocast gives it to a linear layer."""
+    return t if t.dtype == torch.float64 else t.to(low)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """A parameter with its last dimension contiguous."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -172,11 +167,12 @@ def _run(groups: tuple[Group, ...], extras: Extras, numbers: Numbers, seed: int 
     if torch.compiler.is_compiling():
         return registered.run_traced(groups, extras, numbers, seeds.drawn_traced(numbers.dropout_p, seed))
     if numbers.dropout_p > 0.0:
-        numbers = replace(numbers, seed=seeds.drawn(numbers.dropout_p, seed))
-    flat = flatten(groups, extras)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
-        result: Tensor = Linear.apply(numbers, *flat)
-        return result
+        numbers = numbers._replace(seed=seeds.drawn(numbers.dropout_p, seed))
+    if torch.is_grad_enabled():
+        flat = flatten(groups, extras)
+        if any(t is not None and t.requires_grad for t in flat):
+            result: Tensor = Linear.apply(numbers, *flat)
+            return result
     return triton_launch.forward(groups, extras, numbers)[0]
 
 

@@ -77,6 +77,14 @@ def test_verify(
     assert status == 0, said + err
 
 
+@pytest.mark.parametrize("llm", ["nf4", "int8"])
+def test_verify_over_a_quantised_language_model(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], llm: str
+) -> None:
+    status, said, err = run(capsys, "verify", str(folders["llava"]), "--llm", llm, "--dtype", "bfloat16")
+    assert status == 0, said + err
+
+
 def test_errors_are_one_line(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,9 @@ if not hasattr(torch, DEVICE):
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     # What autocast asks of a device, also to be switched off.
     getattr(torch, DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    # What torch asks of every device that there is, for as long as this process lives.
+    getattr(torch, DEVICE).get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)
+    getattr(torch, DEVICE).set_rng_state = lambda *_: None
 _explain = runtime.explain
 
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import BlipForImageTextRetrieval, CompileConfig, StaticCache
+from transformers import (
+    BlipForImageTextRetrieval,
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+)
 
 import mllm_fast
 from mllm_fast.families import open_flamingo
@@ -136,6 +142,40 @@ def test_generation_by_inductor() -> None:
     for seed in range(2):
         close(logits(system, fused, seed, **compiled("inductor")), logits(system, upstream, seed))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("mask", ["none", "exact", "long"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["static", "encoder_decoder"])
+def test_blip_static_cache_in_the_hands_of_the_caller(wrapped: bool, mask: str) -> None:
+    """Prefill in two pieces, a step, and steps of several tokens, against upstream's dynamic cache."""
+    upstream = blip_models.text_model(is_decoder=True).double()
+    fused, keys = copy.deepcopy(upstream), 16
+    mllm_fast.fuse(fused)
+    static = StaticCache(config=upstream.config, max_cache_len=keys)
+    caches = [EncoderDecoderCache(DynamicCache(), DynamicCache())]
+    caches.append(EncoderDecoderCache(static, DynamicCache()) if wrapped else static)
+    image = torch.randn(2, blip_models.TOKENS, blip_models.IMAGE, dtype=torch.float64)
+    visible, seen = blip_models.text_mask("left" if mask != "none" else "none", length=13), 0
+    for length in (5, 4, 1, 3):
+        seen += length
+        ids, results = torch.randint(3, 90, (2, length)), []
+        for i, text in enumerate((upstream, fused)):
+            given = None if visible is None else visible[:, :seen]
+            if text is fused and mask == "long":
+                given = torch.nn.functional.pad(given, (0, keys - seen), value=1)  # what lies ahead is hidden anyway
+            with torch.no_grad():
+                out = text(
+                    input_ids=ids,
+                    attention_mask=given,
+                    encoder_hidden_states=image,
+                    past_key_values=caches[i],
+                    use_cache=True,
+                    is_decoder=True,
+                )
+            caches[i] = out.past_key_values
+            results.append(out.last_hidden_state)
+        rows = slice(3 if seen == 5 and visible is not None else 0, None)  # padding is read by nobody
+        torch.testing.assert_close(results[1][:, rows], results[0][:, rows], atol=1e-9, rtol=1e-9)
 
 
 # media keys and values in compiled steps

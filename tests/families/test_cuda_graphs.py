@@ -1,102 +1,23 @@
-"""`fuse(model, cuda_graphs=True)`: buckets, invalidation and aliasing, with a stand-in for the GPU; and on a GPU."""
+"""`fuse(model, cuda_graphs=True)`: buckets, invalidation and aliasing, with a stand-in for the GPU."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import mllm_fast
-from mllm_fast.families import state_of
 from mllm_fast.modules import graphs
-from mllm_fast.modules.state import FusedState
 from tests.families import qformers
 from tests.families.builders import MEDIA_DIM, idefics, luc_resampler, of_model, of_resampler
+from tests.families.captures import Recorder, captured, recorded, skipped
 from tests.families.generating import SYSTEMS, System
-
-# a GPU's stand-in
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: the ops of a run, on the very tensors they ran on, to be run again in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.ops.append((func, args, kwargs, out))
-        return out
-
-    def replay(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for func, args, kwargs, out in self.ops:
-                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                    # A view or a tensor written in place is where it was.
-                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-
-class Recorder:
-    """Stands for `CudaCapture`."""
-
-    def __init__(self) -> None:
-        self.captures = self.replays = self.turns = 0
-        self.fails = False
-
-    def refusal(self, device: torch.device) -> str | None:
-        return None
-
-    @contextlib.contextmanager
-    def turn(self, device: torch.device) -> Iterator[None]:
-        self.turns += 1
-        yield
-
-    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-        self.captures += 1
-        with Tape() as tape:
-            outputs = run()
-
-        def replay() -> None:
-            self.replays += 1
-            tape.replay()
-
-        return replay, outputs
-
-
-def recorded(model: nn.Module) -> Recorder:
-    """Fuse with CUDA graphs, which the returned stand-in captures."""
-    mllm_fast.fuse(model, cuda_graphs=True)
-    recorder = Recorder()
-    for module in model.modules():
-        if (state := state_of(module)) is not None:
-            state.shared.capture = recorder
-    return recorder
-
-
-def captured(model: nn.Module) -> dict[str, int]:
-    """How many shapes each module has captured."""
-    states = {name: state_of(module) for name, module in model.named_modules()}
-    return {name: s.graphs.captured for name, s in states.items() if s is not None and s.graphs is not None}
-
-
-def skipped(module: nn.Module) -> str:
-    """Why the module's last run was not replayed."""
-    state: FusedState = module._mllm_fast
-    return state.graphs.skipped or ""
 
 
 def media(seed: int = 0, *, images: int = 2, tokens: int = 7) -> Tensor:
@@ -437,49 +358,3 @@ def test_a_saved_model_holds_no_graphs() -> None:
     assert replayed.state_dict().keys() == upstream.state_dict().keys()
     buffer = io.BytesIO()
     torch.save(replayed.state_dict(), buffer)
-
-
-# on a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("system", SYSTEMS, ids=str)
-def test_real_graphs(system: System, dtype: torch.dtype) -> None:
-    upstream = system.build().to("cuda", dtype)
-    plain, fused = copy.deepcopy(upstream), copy.deepcopy(upstream)
-    mllm_fast.fuse(plain)
-    report = mllm_fast.fuse(fused, cuda_graphs=True)
-    assert all("second time" in row.status for row in report.graphs)
-    system = System(system.name, system.build, lambda seed: _moved(system.inputs(seed), dtype), system.decoder)
-    for seed in range(4):
-        assert torch.equal(system.generate(fused, seed), system.generate(plain, seed))
-    assert sum(captured(fused).values()) > 0
-    for model in (plain, fused):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.01)
-    for seed in range(3):
-        assert torch.equal(system.generate(fused, seed), system.generate(plain, seed))
-
-
-def _moved(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: x.to("cuda", dtype) if x.is_floating_point() else x.to("cuda") for name, x in inputs.items()}
-
-
-@pytest.mark.gpu
-def test_real_graphs_of_several_shapes_and_streams() -> None:
-    upstream = of_resampler().eval().cuda()
-    replayed = copy.deepcopy(upstream)
-    mllm_fast.fuse(replayed, cuda_graphs=True)
-    mllm_fast.fuse(upstream)
-    side = torch.cuda.Stream()
-    with torch.no_grad():
-        for seed in range(12):
-            x = media(seed, images=1 + seed % 3).cuda()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side if seed % 2 else torch.cuda.current_stream()):
-                ours = replayed(x)
-            torch.cuda.synchronize()
-            torch.testing.assert_close(ours, upstream(x), atol=1e-5, rtol=1e-5)
-    assert captured(replayed) == {"": 3}

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbedding
 
 import mllm_fast
-from tests.families.builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs, idefics_mask
+from tests.families.builders import MEDIA_DIM, TEXT_DIM, idefics, idefics_inputs, idefics_mask, randomise
 from tests.families.instruments import (
     Results,
     assert_same,
@@ -270,3 +271,28 @@ def test_generate_under_inference_mode(options: dict[str, Any]) -> None:
             assert ours.tolist() == theirs.tolist()
     inputs = idefics_inputs()
     assert_same(model_results(fused, inputs), model_results(upstream, inputs), MODEL_TOLERANCE)
+
+
+# the two tables of embeddings
+
+
+@pytest.mark.parametrize("added", [0, 3])
+def test_embedding(added: int) -> None:
+    upstream = randomise(IdeficsDecoupledEmbedding(7, added, 5)).double()
+    fused, ids = copy.deepcopy(upstream), torch.randint(0, 7 + added, (3, 9))
+    mllm_fast.fuse(fused)
+    results = []
+    for embedding in (fused, upstream):
+        out = embedding(ids)
+        out.backward(torch.arange(out.numel()).view(out.shape).double())
+        gradients = {name: p.grad for name, p in embedding.named_parameters()}
+        results.append({"output": out.detach()} | gradients)
+    assert_same(*results)
+
+
+def test_embedding_whose_added_table_is_wrapped() -> None:
+    upstream = randomise(IdeficsDecoupledEmbedding(7, 3, 5))
+    fused, ids, seen = copy.deepcopy(upstream), torch.randint(0, 10, (3, 9)), []
+    mllm_fast.fuse(fused)
+    fused.additional_embedding.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(fused(ids), upstream(ids)) and seen

@@ -14,7 +14,8 @@ from transformers import BlipForImageTextRetrieval, DynamicCache, EncoderDecoder
 
 import mllm_fast
 from mllm_fast import ops
-from tests.families import blip_models, llava_models, qformers
+from mllm_fast.models import flamingo, flamingo_index
+from tests.families import blip_models, llava_models, qformers, test_idefics2, test_mllama
 from tests.families.blocks import KINDS, TOKENS, BlockKind
 from tests.families.builders import (
     MEDIA_DIM,
@@ -121,6 +122,19 @@ def run_llava(gpu: FakeGpu, model: nn.Module) -> None:
         model(input_ids=ids(gpu, 2, 1), past_key_values=cache, use_cache=True)
 
 
+def run_mllama(gpu: FakeGpu, model: nn.Module) -> None:
+    inputs, cache = gpu.inputs(test_mllama.inputs(torch.float32)), DynamicCache()
+    del inputs["attention_mask"]
+    model(**inputs, past_key_values=cache, use_cache=True)
+    step = {"input_ids": ids(gpu, 2, 1), "cross_attention_mask": inputs["cross_attention_mask"][:, -1:]}
+    model(**step, past_key_values=cache, use_cache=True)
+
+
+def run_idefics2(gpu: FakeGpu, connector: nn.Module) -> None:
+    features, seen = torch.zeros(3, 16, 32), torch.ones(3, 16, dtype=torch.bool)
+    connector(image_hidden_states=gpu.tensor(features), attention_mask=gpu.tensor(seen))
+
+
 def run_own_flamingo(gpu: FakeGpu, model: nn.Module) -> None:
     tokens, _, images, image_mask = gpu.inputs(helpers.prompts())
     model(tokens, images, image_mask=image_mask)
@@ -139,6 +153,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Run]] = {
     "blip2": (lambda: qformers.generator("blip2"), run_blip2),
     "instructblip": (lambda: qformers.generator("instructblip"), run_blip2),
     "llava": (llava_models.model, run_llava),
+    "mllama": (test_mllama.model, run_mllama),
+    "idefics2_connector": (lambda: test_idefics2.model().model.connector, run_idefics2),
     "flamingo": (helpers.flamingo, run_own_flamingo),
 }  # fmt: skip
 # Those with upstream bugs to mend.
@@ -150,6 +166,7 @@ UPSTREAM_READS = ["open_flamingo", "idefics", "llava"]
 @pytest.mark.parametrize(
     ("name", "options"),
     [*((name, {}) for name in MODELS), *((name, {"level": 2, "fixes": "all"}) for name in MENDED)],
+    ids=[*MODELS, *(f"{name}-mended" for name in MENDED)],
 )
 def test_no_model_waits(gpu: FakeGpu, name: str, options: dict[str, Any]) -> None:
     build, run = MODELS[name]
@@ -168,6 +185,21 @@ def test_upstream_waits_and_is_caught(gpu: FakeGpu, name: str) -> None:
     model = gpu.module(build())
     with gpu.running(), pytest.raises((HostReadError, DataDependentOutputException)):
         run(gpu, model)
+
+
+def test_what_a_device_works_out_is_what_the_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of images on a GPU: all images are encoded, instead of the real ones, and padding is zeroed."""
+    model = helpers.flamingo()
+    tokens, mask, images, image_mask = helpers.prompts()
+    results = []
+    for host in (True, False):
+        for module in (flamingo, flamingo_index):
+            monkeypatch.setattr(module, "readable_on_host", lambda tensor, host=host: host)
+        with torch.no_grad():
+            media = model.encode_images(images, image_mask)
+            logits = model(tokens, images, image_mask=image_mask, attention_mask=mask).logits
+        results.append((media, logits))
+    torch.testing.assert_close(results[1], results[0])
 
 
 # parts by themselves, and their training

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mllm_fast import cli
-from mllm_fast.kernels import audit, launch
+from mllm_fast.kernels import audit, launch, target
 from mllm_fast.kernels.audit import Row
 
 pytest.importorskip("triton")
@@ -105,6 +106,15 @@ def test_what_does_not_compile_is_a_failed_row_and_stops_nothing(rows, arch, lab
 
 def test_equal_variants_are_compiled_once(rows):
     assert ("sm_90", "good again") not in rows
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("sm_80", "sm_80"), ("sm_89", "sm_80"), ("gfx942", "gfx942")])
+def test_meta_tensors_lie_on_the_architecture_that_is_recorded_for(name, nearest):
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    with target.meta_tensors_on("sm_90"), target.meta_tensors_on(name):
+        assert target.arch_of(meta) == nearest
+        assert target.arch_of(cpu) == "sm_90"
+    assert target.arch_of(meta) == "sm_90"
 
 
 def test_recording_sees_what_a_call_would_compile(compiled):

@@ -242,7 +242,7 @@ def test_onto_a_gpu(kind: Literal["nf4", "int8"], folder: Path, tmp_path: Path) 
     given = {name: value.cuda() for name, value in systems.inputs("llava", torch.bfloat16).items()}
     with torch.no_grad():
         logits = model(**given).logits
-        exact = systems.dense(model.cpu()).cuda()(**given).logits
+        exact = systems.dense(model.to("cpu")).cuda()(**given).logits
     assert error(logits, exact.double()) < 5e-2
-    model.cuda().save_pretrained(tmp_path)
+    model.to("cuda").save_pretrained(tmp_path)
     assert_equal_bytes(tensors(mllm_fast.load(tmp_path, device="cuda")), tensors(model))

@@ -232,6 +232,19 @@ def test_a_language_model_inside_our_own_system(kind: str, tmp_path: Path) -> No
     assert not [path for path in quantized_layers(model) if not path.startswith("lm.")]
 
 
+@kinds
+def test_the_whole_state_dict_loads_strictly(kind: str) -> None:
+    model, other = systems.llava(), builders.randomise(systems.llava(), seed=4)
+    for each in (model, other):
+        mllm_fast.quantize_llm(each, **KINDS[kind][0])
+    given = systems.inputs("llava")
+    with torch.no_grad():
+        other(**given)
+        other.load_state_dict(tensors(model))
+        assert torch.equal(other(**given).logits, model(**given).logits)
+    assert_equal_bytes(tensors(other), tensors(model))
+
+
 def test_lora_afterwards() -> None:
     """PEFT takes its own bitsandbytes layers for it, and trains through the quantised weights."""
     model = systems.llava()
