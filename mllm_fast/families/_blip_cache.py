@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from ..kernels.attention import Mask, MediaRanges
+from ..modules.med import MakeMask
 
 
 class ImageCacheLayer(DynamicLayer):
@@ -81,3 +83,8 @@ def static_mask(visible: Tensor | None, position: Tensor, batch: int, keys: int)
     if limit.shape[1] == 1:
         return Mask(key_lengths=limit[0].expand(batch), key_padding=visible)
     return Mask(key_padding=visible, media=MediaRanges(torch.zeros_like(limit), limit, keys, 1))
+
+
+def made_once(make: MakeMask) -> MakeMask:
+    """`make`, run once for each number of rows; a tracer has no use for that."""
+    return make if torch.compiler.is_compiling() else functools.cache(make)

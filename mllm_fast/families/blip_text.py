@@ -23,7 +23,7 @@ from ..modules.media_context import MediaContext, one_row_each
 from ..modules.rows import Rows, may_defer
 from ..modules.state import FusedState, Options, readable_on_host
 from . import named_like_upstream, state_of
-from ._blip_cache import ImageCacheLayer, capacity, is_static, positions, room_for, split, static_mask
+from ._blip_cache import ImageCacheLayer, capacity, is_static, made_once, positions, room_for, split, static_mask
 from ._transformers import activation_name, asked_for, hooked, model_dropin, watched
 
 # The keywords by which the fused models talk to each other: the pass to its layers, the rows of the last layer that are
@@ -263,8 +263,8 @@ class FusedBlipTextModel(BlipTextModel):
         visible = None if mask is None else mask.to(device, torch.bool)
         if place is not None:
             visible = room_for(visible, keys)
-            return _made_once(lambda queries: static_mask(visible, place[:, -queries:], batch, keys))
-        return _made_once(lambda queries: med.visible_mask(visible, queries, keys, causal=causal))
+            return made_once(lambda queries: static_mask(visible, place[:, -queries:], batch, keys))
+        return made_once(lambda queries: med.visible_mask(visible, queries, keys, causal=causal))
 
     def _image_mask(
         self, kwargs: dict[str, Any], image: Tensor, batch: int, image_index: Tensor | None
@@ -280,7 +280,7 @@ class FusedBlipTextModel(BlipTextModel):
         if image_index is not None and mask.shape[0] != batch:
             visible = visible[image_index]
         visible = one_row_each(visible, batch)
-        return _made_once(lambda queries: med.visible_mask(visible, queries, visible.shape[1]))
+        return made_once(lambda queries: med.visible_mask(visible, queries, visible.shape[1]))
 
     def _image_keys_values(
         self, kwargs: dict[str, Any], image: Tensor, keep: bool
@@ -300,11 +300,6 @@ class FusedBlipTextModel(BlipTextModel):
 
 
 _ARGUMENTS = tuple(inspect.signature(BlipTextModel.forward).parameters)[1:]
-
-
-def _made_once(make: MakeMask) -> MakeMask:
-    """`make`, run once for each number of rows; a tracer has no use for that."""
-    return make if torch.compiler.is_compiling() else functools.cache(make)
 
 
 def _check_images(batch: int, image: Tensor, image_index: Tensor | None) -> None:

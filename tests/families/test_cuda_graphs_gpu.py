@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -17,15 +18,20 @@ from tests.families.test_cuda_graphs import media
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("system", SYSTEMS, ids=str)
-def test_real_graphs(system: System, dtype: torch.dtype) -> None:
+# One of each way in which an encoder side is captured; kernels have to be compiled for every one.
+CAPTURED = [s for s in SYSTEMS if s.name in ("open_flamingo", "idefics", "instructblip_opt", "llava")]
+
+
+@pytest.mark.parametrize("system", CAPTURED, ids=str)
+def test_real_graphs(system: System) -> None:
+    dtype = torch.bfloat16
     upstream = system.build().to("cuda", dtype)
     plain, fused = copy.deepcopy(upstream), copy.deepcopy(upstream)
     mllm_fast.fuse(plain)
     report = mllm_fast.fuse(fused, cuda_graphs=True)
     assert all("second time" in row.status for row in report.graphs)
-    system = System(system.name, system.build, lambda seed: _moved(system.inputs(seed), dtype), system.decoder)
+    on_host = system.inputs
+    system = dataclasses.replace(system, inputs=lambda seed: _moved(on_host(seed), dtype))
     for seed in range(4):
         assert torch.equal(system.generate(fused, seed), system.generate(plain, seed))
     assert sum(captured(fused).values()) > 0
