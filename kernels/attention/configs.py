@@ -96,8 +96,9 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
         # With media, a tile of more rows sees more images, of which each row sees few.
         crowded = wide > 96 or (media is not None and (wide > 64 or media.words > 1))
         BM, BN, warps = 64, 32 if crowded or (wide > 64 and arch != "sm_90") else 64, 4
-        if wide > 64 and arch == "sm_80":
-            warps = 8
+        if arch == "sm_80":
+            # Four warps with a third stage of 64 keys spill.
+            warps, stages = 8 if wide > 64 else 4, 2
     return _fit(Config(BM, BN, warps, stages), arch, itemsize, media)
 
 
@@ -112,6 +113,9 @@ def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, medi
         BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 64 else 32, 4 if wide <= 128 or arch == "gfx942" else 8
     elif media is not None and media.words > 1:
         BM, BN, warps = 64 if arch == "sm_90" else 32, 32, 4 if wide <= 64 else 8
+    elif arch == "sm_80" and wide <= 64:
+        # 64 rows take so many registers that a mask, padding and dropout together spill.
+        BM, BN, warps = 32, 64, 4
     else:
         BM, BN, warps = 64, 64 if arch == "sm_90" else 32, 4 if wide <= 64 else 8
     return _fit(Config(BM, BN, warps, stages), arch, itemsize, media)

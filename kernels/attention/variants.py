@@ -75,6 +75,7 @@ FEATURES = (
     Case("gated, mllama", 512, 4 * 1601, 128, 32, 8, 1, 1, images=4, media="subsets"),
     Case("gated, many images", 256, 70 * 64, batch=2, key_rows=2, images=70, media="subsets"),
     Case("decode, Flamingo", 1, 33 * 64, batch=1, key_rows=1, images=33, training=False),
+    Case("decode, many images", 1, 70 * 64, batch=1, key_rows=1, images=70, media="subsets", training=False),
     Case("decode, idefics", 1, 33 * 64, 128, 32, 32, 1, 1, images=33, media="subsets", training=False),
     Case("decode, mllama", 1, 4 * 1601, 128, 32, 8, 1, 1, images=4, media="subsets", training=False),
     Case("decode, mllama, plain", 1, 6404, 128, 32, 8, 1, 1, training=False),

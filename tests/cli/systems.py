@@ -12,12 +12,22 @@ from transformers import (
     BlipImageProcessor,
     BlipProcessor,
     CLIPImageProcessor,
+    Idefics2ImageProcessor,
+    Idefics2Processor,
+    IdeficsImageProcessor,
+    IdeficsProcessor,
     InstructBlipProcessor,
     LlavaProcessor,
+    MllamaImageProcessor,
+    MllamaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tests.families import blip_models, llava_models, qformers
+from mllm_fast.models import FlamingoProcessor, MplugOwlProcessor
+from tests.families import blip_models, builders, llava_models, qformers, test_idefics2, test_mllama
+from tests.models import flamingo_models, minigpt4_models, mplug_owl_models
 
 WORDS = ("describe", "the", "image.", "what", "is", "this?", "USER:", "ASSISTANT:", "a", "picture", "of")
 SIZE = {"height": 28, "width": 28}
@@ -78,7 +88,58 @@ def blip(folder: Path) -> None:
     )
 
 
+def idefics(folder: Path) -> None:
+    model = builders.idefics()
+    model.save_pretrained(folder)
+    special = {"<fake_token_around_image>": 4, "<image>": 5, "<end_of_utterance>": 6}
+    pictures = IdeficsImageProcessor(image_size=28)
+    IdeficsProcessor(pictures, tokenizer(model.config.vocab_size, special), image_size=28).save_pretrained(folder)
+
+
+def idefics2(folder: Path) -> None:
+    test_idefics2.model().save_pretrained(folder)
+    special = {"<fake_token_around_image>": 4, "<end_of_utterance>": 5, "<image>": test_idefics2.IMAGE_TOKEN}
+    edges = {"shortest_edge": 28, "longest_edge": 56}
+    pictures = Idefics2ImageProcessor(size=edges, do_image_splitting=False)
+    Idefics2Processor(pictures, tokenizer(128, special), image_seq_len=test_idefics2.LATENTS).save_pretrained(folder)
+
+
+def mllama(folder: Path) -> None:
+    test_mllama.model().save_pretrained(folder)
+    # The image token's row is behind the vocabulary, as in the released models.
+    words = tokenizer(129, {"<|begin_of_text|>": 4, "<|image|>": 128})
+    MllamaProcessor(MllamaImageProcessor(size=SIZE, max_image_tiles=4), words).save_pretrained(folder)
+
+
+def flamingo(folder: Path) -> None:
+    model = flamingo_models.flamingo()
+    model.save_pretrained(folder)
+    pictures = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    special = {"<image>": flamingo_models.IMAGE, "<unk>": 4}
+    FlamingoProcessor(pictures, tokenizer(flamingo_models.VOCABULARY, special)).save_pretrained(folder)
+
+
+def minigpt4(folder: Path) -> None:
+    minigpt4_models.minigpt4().save_pretrained(folder)
+    minigpt4_models.processor().save_pretrained(folder)
+
+
+def mplug_owl(folder: Path) -> None:
+    model = mplug_owl_models.owl()
+    model.save_pretrained(folder)
+    words = tokenizer(mplug_owl_models.VOCABULARY, {})
+    rows = mplug_owl_models.ROWS
+    MplugOwlProcessor(BlipImageProcessorPil(size=SIZE), words, rows_per_image=rows).save_pretrained(folder)
+
+
+# In the order of the README's table.
 SYSTEMS: dict[str, Callable[[Path], None]] = {
+    "flamingo": flamingo,
+    "minigpt4": minigpt4,
+    "mplug_owl": mplug_owl,
+    "idefics": idefics,
+    "idefics2": idefics2,
+    "mllama": mllama,
     "llava": llava,
     "blip2": blip2,
     "instructblip": instructblip,
