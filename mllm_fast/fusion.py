@@ -6,7 +6,6 @@ names, hooks, devices and wrappers stay what they are, because the modules stay 
 
 from __future__ import annotations
 
-import io
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from .modules.children import hooked, readable_linear
 from .modules.graphs import Graphs
 from .modules.media_context import MediaContext
 from .modules.state import FusedState, Options
+from .tables import alike, as_text
 
 LEVELS = (0, 1, 2)
 ROOT = "(the model itself)"
@@ -78,32 +78,23 @@ class FuseReport:
     graphs: list[GraphRow] = field(default_factory=list)
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        console = Console(file=io.StringIO(), width=140, markup=False)
-        table = Table(title=f"fused {len(self.fused)} modules ({self.options})")
-        for column in ("path", "was", "now", "kernels"):
-            table.add_column(column, overflow="fold")
-        for row in self.fused:
-            table.add_row(row.path or ROOT, row.was, row.now, row.kernels)
-        console.print(table)
-        if self.left_alone:
-            table = Table(title="left alone")
-            for column in ("path", "class", "reason"):
-                table.add_column(column, overflow="fold")
-            for left in self.left_alone:
-                table.add_row(left.path or ROOT, left.was, left.reason)
-            console.print(table)
-        if self.graphs:
-            table = Table(title="CUDA graphs")
-            for column in ("path", "status"):
-                table.add_column(column, overflow="fold")
-            for graph in self.graphs:
-                table.add_row(graph.path or ROOT, graph.status)
-            console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        sections = (
+            (f"fused {len(self.fused)} modules ({self.options})", ("path", "was", "now", "kernels"), self.fused),
+            ("left alone", ("path", "class", "reason"), self.left_alone),
+            ("CUDA graphs", ("path", "status"), self.graphs),
+        )
+        tables: list[Table] = []
+        for title, columns, rows in sections:
+            if not rows and tables:
+                continue
+            table = Table(*(Column(name, overflow="fold") for name in columns), title=title)
+            # A large model has hundreds of layers that differ in their number only.
+            for path, said, number in alike((row.path, tuple(vars(row).values())[1:]) for row in rows):
+                table.add_row(f"{path} ({number})" if number > 1 else path or ROOT, *said)
+            tables.append(table)
+        return as_text(*tables)
 
 
 def fuse(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
 import platform
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from .kernels import runtime
 from .modules.frozen_linear import FrozenLinearState
 from .modules.state import FusedState
 from .quantization import adopt
+from .tables import alike, as_text
 
 # How much larger the fused model's error may be, and an error that is rounding whatever the other's is (of the largest
 # entry, in units of the dtype's eps).
@@ -113,28 +113,26 @@ class VerifyReport:
         return path
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        console = Console(file=io.StringIO(), width=120, markup=False)
         verdict = "passed" if self.passed else "FAILED"
-        table = Table(title=f"{self.model} in {self.dtype} on {self.device}: {verdict}", title_justify="left")
-        for column in ("output", "shape", f"error unfused, to {self.wide}", "error fused", "ratio", "verdict"):
-            table.add_column(column, overflow="fold")
+        columns = ("output", "shape", f"error unfused, to {self.wide}", "error fused", "ratio", "verdict")
+        table = Table(
+            *(Column(name, overflow="fold") for name in columns),
+            title=f"{self.model} in {self.dtype} on {self.device}: {verdict}",
+            title_justify="left",
+        )
         for row in self.outputs:
             errors = (f"{row.unfused_error:.2e}", f"{row.fused_error:.2e}", f"{row.ratio:.2f}")
             table.add_row(row.name, str(list(row.shape)), *errors, "passed" if row.passed else "FAILED")
-        console.print(table)
+        lines = []
         if self.new_tokens:
-            console.print(
-                f"generated tokens: {self.same_tokens} of {self.new_tokens} equal before the first difference"
-            )
+            lines.append(f"generated tokens: {self.same_tokens} of {self.new_tokens} equal before the first difference")
         native = f", {self.native} modules of mllm_fast's own" if self.native else ""
-        console.print(f"{self.fused} modules fused{native}, backend {self.backend}")
-        for path, reason in self.left_alone:
-            console.print(f"left alone: {path}: {reason}")
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        lines.append(f"{self.fused} modules fused{native}, backend {self.backend}")
+        for path, (reason,), number in alike((path, (reason,)) for path, reason in self.left_alone):
+            lines.append(f"left alone: {path}{f' ({number})' if number > 1 else ''}: {reason}")
+        return as_text(table, *lines, width=120)
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def _children(parent: Any, name: str) -> list[Any]:
 _HF = "transformers.models"
 _OWN = "mllm_fast.models"
 
-# Section 3.1 of the paper of OpenFlamingo (arXiv 2308.01390): its tokenizer has two new tokens, whose embeddings it trains.
+# Its factory leaves the language model's embeddings to training, where the tokenizer's two new tokens have their rows.
 _OPEN_FLAMINGO = Recipe(
     parts={
         "bridge": ("perceiver", "lang_encoder.gated_cross_attn_layers"),
@@ -222,12 +222,12 @@ RECIPES: Mapping[str, Recipe] = {
     f"{_OWN}.blip2_stage1.Blip2Stage1": _retrieval("retrieval.", "lm_head", "temperature"),
     f"{_HF}.instructblip.modeling_instructblip.InstructBlipForConditionalGeneration": _qformer(),
     f"{_HF}.instructblipvideo.modeling_instructblipvideo.InstructBlipVideoForConditionalGeneration": _qformer(),
-    # arXiv 2304.10592: the projection alone; the original keeps all that is frozen in evaluation mode.
+    # arXiv 2304.10592: the projection alone; the original keeps vision model and Q-Former in evaluation mode.
     f"{_OWN}.minigpt4.MiniGPT4ForConditionalGeneration": Recipe(
         parts={"projection": ("language_projection",)},
         vision="vision_model",
         language_model="language_model",
-        evaluation=("qformer?", "language_model"),
+        evaluation=("qformer?",),
     ),
     # arXiv 2304.08485: the projection, then the language model with it.
     f"{_HF}.llava.modeling_llava.LlavaForConditionalGeneration": Recipe(

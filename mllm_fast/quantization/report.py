@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..tables import as_text, grouped, size
 from .selection import Selection, quantized_layers
 
 
@@ -42,34 +41,31 @@ class QuantizationReport:
     bytes_after: int = 0
 
     def __str__(self) -> str:
-        from rich.console import Console
         from rich.table import Table
 
-        console = Console(file=io.StringIO(), width=140, markup=False)
         before, after = (sum(getattr(row, name) for row in self.quantized) for name in ("bytes_before", "bytes_after"))
         table = Table(
-            title=f"quantised {len(self.quantized)} linear layers: {_size(before)} -> {_size(after)}; "
-            f"the whole model: {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
+            title=f"quantised {len(self.quantized)} linear layers: {size(before)} -> {size(after)}; "
+            f"the whole model: {size(self.bytes_before)} -> {size(self.bytes_after)}"
         )
         table.add_column("layers", overflow="fold")
         table.add_column("kind")
         for name in ("number", "out x in", "before", "after"):
             table.add_column(name, justify="right")
-        for pattern, rows in _grouped([(row.path, row) for row in self.quantized]).items():
+        for pattern, rows in grouped([(row.path, row) for row in self.quantized]).items():
             first = rows[0]
             shape = "various" if len({row.shape for row in rows}) > 1 else f"{first.shape[0]} x {first.shape[1]}"
-            sizes = (_size(sum(row.bytes_before for row in rows)), _size(sum(row.bytes_after for row in rows)))
+            sizes = (size(sum(row.bytes_before for row in rows)), size(sum(row.bytes_after for row in rows)))
             table.add_row(pattern, ", ".join(sorted({row.kind for row in rows})), str(len(rows)), shape, *sizes)
-        console.print(table)
+        tables = [table]
         if self.left_alone:
             table = Table(title="left alone")
             table.add_column("path", overflow="fold")
             table.add_column("reason", overflow="fold")
-            for pattern, reasons in _grouped(self.left_alone).items():
+            for pattern, reasons in grouped(self.left_alone).items():
                 table.add_row(pattern, "; ".join(dict.fromkeys(reasons)))
-            console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+            tables.append(table)
+        return as_text(*tables)
 
 
 def quantization_report(model: nn.Module, selection: Selection | None = None) -> QuantizationReport:
@@ -116,19 +112,3 @@ def _statistics(layer: Any) -> list[Tensor]:
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of all storages, each counted once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def _grouped(rows: Sequence[tuple[str, Any]]) -> dict[str, list[Any]]:
-    """Rows by path, where paths that differ in numbers only are one: "layers.0.fc1", "layers.1.fc1" -> "layers.*.fc1"."""
-    groups: dict[str, list[Any]] = {}
-    for path, row in rows:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|,|$)", "*", path), []).append(row)
-    return groups
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024  # type: ignore[assignment]
-    raise AssertionError

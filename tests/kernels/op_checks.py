@@ -62,12 +62,14 @@ def check_exact(ours: Op, theirs: Op, inputs: Inputs) -> None:
 
 
 def check_low_precision(
-    ours: Op, theirs: Op, draw: Callable[[], Inputs], dtype: torch.dtype, *, draws: int = 4
+    ours: Op, theirs: Op, draw: Callable[[], Inputs], dtype: torch.dtype, *, draws: int = 4, units: float = 0.0
 ) -> None:
     """For outputs and all gradients, our error in `dtype` is at most twice the peer's, in RMS and at the worst entry.
 
     The exact result is the peer's in fp64 on the inputs as rounded to `dtype`. Several draws are pooled, because the
     error of one scalar (the gradient of a gate) can be small by luck; on top comes a rounding of the result itself.
+    Where calls have so few elements that every error is luck, `units` of the dtype's eps (of the largest entry, or of 1)
+    are allowed in any case.
     """
     pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for _ in range(draws):
@@ -82,6 +84,8 @@ def check_low_precision(
     step = torch.finfo(dtype).eps / 2
     for name, parts in pooled.items():
         error, error_upstream, size = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not error.numel() or error.abs().max() <= 2 * units * step * max(size.abs().max().item(), 1.0):
+            continue
         rms = [t.square().mean().sqrt().item() for t in (error, error_upstream, size)]
         worst = [t.abs().max().item() for t in (error, error_upstream, size)]
         assert rms[0] <= 2 * rms[1] + step * rms[2] / 2, f"{name}: RMS error {rms[0]:.3e}, the peer's own {rms[1]:.3e}"
