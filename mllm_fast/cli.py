@@ -138,6 +138,8 @@ def _info(args: argparse.Namespace) -> int:
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to write to (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps, to see that it runs")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="of the systems (openflamingo, llava, "
+                        "...), or digits, the fine-tuning run")  # fmt: skip
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -145,7 +147,7 @@ def _demo(args: argparse.Namespace) -> int:
         raise CommandError(f"the demo needs {', '.join(lacks)}: pip install 'mllm-fast[demo]'")
     from .demo import run
 
-    return run(args.out, quick=args.quick)
+    return run(args.out, quick=args.quick, only=args.only)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:

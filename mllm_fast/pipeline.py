@@ -32,6 +32,33 @@ class UnknownSystemError(ValueError):
     """A model whose prompts nobody described here."""
 
 
+def written_prompt(processor: Any, model_type: str, images: int, prompt: str) -> str | None:
+    """A prompt about images as a system is asked: its processor's chat template, or the form known here.
+
+    Args:
+        processor: of the model.
+        model_type: of the model's configuration.
+        images: how many the prompt is about; they come first.
+        prompt: the question or instruction; "": none.
+
+    Returns:
+        the text that the processor takes; None: it takes none.
+
+    Raises:
+        UnknownSystemError: the processor has no chat template, and the system's prompts are not known here.
+    """
+    if getattr(processor, "chat_template", None):
+        parts = [{"type": "image"}] * images + ([{"type": "text", "text": prompt}] if prompt else [])
+        written: str = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        return written
+    if model_type not in _PROMPTS:
+        raise UnknownSystemError(
+            f"{type(processor).__name__} has no chat template, and prompts for model_type {model_type!r} are not known: "
+            f"call the processor yourself; known are {', '.join(sorted({*_PROMPTS, 'idefics'}))}"
+        )
+    return _PROMPTS[model_type](images, prompt)
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A model and its processor.
@@ -58,23 +85,13 @@ class Pipeline:
         kind = self.model.config.model_type
         prompt = prompt if prompt is not None else "" if kind in _CAPTIONERS else _DESCRIBE
         pictures: Any = list(images)
-        text: Any
-        if getattr(self.processor, "chat_template", None):
-            parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]
-            text = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        elif kind == "idefics":
+        if kind == "idefics" and not getattr(self.processor, "chat_template", None):
             return self._on_device(self.processor(text=[[*images, prompt]], return_tensors="pt"))
-        elif kind not in _PROMPTS:
-            raise UnknownSystemError(
-                f"{type(self.processor).__name__} has no chat template, and prompts for model_type {kind!r} are not known: "
-                f"call the processor yourself; known are {', '.join(sorted({*_PROMPTS, 'idefics'}))}"
-            )
-        else:
-            text = _PROMPTS[kind](1 if kind in _ONE_IMAGE else len(images), prompt)
-            if kind in _ONE_IMAGE and text is not None:
-                text = [text] * len(images)
-            elif kind == "mllama":
-                pictures = [pictures]
+        text: Any = written_prompt(self.processor, kind, 1 if kind in _ONE_IMAGE else len(images), prompt)
+        if kind in _ONE_IMAGE and text is not None:
+            text = [text] * len(images)
+        elif kind == "mllama":
+            pictures = [pictures]
         return self._on_device(self.processor(images=pictures, text=text, return_tensors="pt"))
 
     @torch.no_grad()

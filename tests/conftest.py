@@ -25,7 +25,7 @@ if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
 
     # A failure must come back on the next run, and interpreted kernels are slow: no random draws, no deadline.
-    settings.register_profile("mllm_fast", deadline=None, derandomize=True, print_blob=True)
+    settings.register_profile("mllm_fast", deadline=None, derandomize=True, database=None, print_blob=True)
     settings.load_profile("mllm_fast")
 
 

@@ -57,7 +57,7 @@ class Media:
 
 def _fit(config: Config, arch: Arch, itemsize: int, media: Media | None) -> Config:
     """With media, a block of keys lies within one image: no wider than that."""
-    if config.num_warps == 4 and (arch == "sm_80" or (arch == "sm_90" and itemsize == 4)):
+    if arch == "sm_80" or (arch == "sm_90" and itemsize == 4 and config.num_warps == 4):
         config = replace(config, registers=255)
     if media is None:
         return config
@@ -95,10 +95,11 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
     else:
         # With media, a tile of more rows sees more images, of which each row sees few.
         crowded = wide > 96 or (media is not None and (wide > 64 or media.words > 1))
-        BM, BN, warps = 64, 32 if crowded or (wide > 64 and arch != "sm_90") else 64, 4
+        BM, BN, warps = 64, 32 if crowded or arch == "sm_80" or (wide > 64 and arch != "sm_90") else 64, 4
         if arch == "sm_80":
-            # Four warps with a third stage of 64 keys spill.
-            warps, stages = 8 if wide > 64 else 4, 2
+            warps = 8 if wide > 64 else 4
+            if warps == 4 and media is not None and media.words > 1:
+                BM, BN, stages = 32, 64, 2
     return _fit(Config(BM, BN, warps, stages), arch, itemsize, media)
 
 
@@ -131,8 +132,9 @@ def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, media:
     # Two accumulators of [BN, D] stay in registers: with tiles of more rows, it spills.
     stages = 1 if arch == "gfx942" else 2
     few = rows <= 16 or wide > 128 or (wide > 64 and (arch == "sm_80" or media is not None))
-    BN = 32 if wide > 128 or (arch == "sm_80" and wide <= 64) else 64
-    return _fit(Config(16 if few else 32, BN, 4 if wide <= 64 else 8, stages), arch, itemsize, media)
+    narrow = wide <= (80 if arch == "sm_80" else 64)
+    BN = 32 if wide > 128 or (arch == "sm_80" and narrow) else 64
+    return _fit(Config(16 if few else 32, BN, 4 if narrow else 8, stages), arch, itemsize, media)
 
 
 def _fp32_config(arch: Arch, wide: int) -> Config:

@@ -85,6 +85,11 @@ class System:
     needs: tuple[str, ...]
     build: Callable[[Size, list[Photograph]], Case]
 
+    @property
+    def key(self) -> str:
+        """What the command line calls it: the first word of its name in lower case ("blip-2", "openflamingo")."""
+        return self.name.split(" ")[0].strip(",").lower()
+
     def missing(self) -> list[str]:
         """The needed packages that are not installed."""
         return [package for package in self.needs if importlib.util.find_spec(package) is None]

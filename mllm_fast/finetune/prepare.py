@@ -125,7 +125,9 @@ def _parts(recipe: Recipe, train: str, lora: Lora | None) -> list[str]:
     names = [name.strip() for name in train.split("+")]
     known = [*recipe.parts, *([LORA] if recipe.language_model is not None else [])]
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"train names {', '.join(map(repr, unknown))}; this system has {', '.join(known)}, joined by +")
+        raise ValueError(
+            f"train names {', '.join(map(repr, unknown))}; this system has {', '.join(known)}, joined by +"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"train names a part twice: {train!r}")
     if lora is not None and LORA not in names:

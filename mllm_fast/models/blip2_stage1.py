@@ -138,22 +138,17 @@ class Blip2Stage1(nn.Module):
         # A checkpointed layer makes its weights anew in backward, and must not meet those of the forward pass.
         checkpointed = any(layer.gradient_checkpointing for layer in self.retrieval.qformer.encoder.layer)
         images = self._images(pixel_values, features, None if checkpointed and self.training else Stacks())
-        pairs = input_ids.shape[0]
-        if images.features.shape[0] != pairs or pairs < 2:
-            raise ValueError(
-                f"got {images.features.shape[0]} images and {pairs} texts; a step needs one text for each image, and at "
-                "least two pairs, of which each finds its negatives in the others"
-            )
-        words, start = self._words(input_ids)
-        queries, past = self._query_pass(images, keep=True)
-        similarity = self._similarity(queries, self._text_pass(words, attention_mask, images.stacks))
-        itc = self._contrast(similarity)
+        text = _right_padded(attention_mask)
+        share = self._share(images, input_ids, text)
+        words = self._look_up(input_ids, text, start=True)
+        queries, captions, first = self._separate_passes(images, words, text)
+        to_text, to_image = self._similarities(queries, first)
+        itc = self._contrast(to_text, to_image, share.start)
         if negatives is None:
-            negatives = self._draw_negatives(similarity.detach())
-        itm = self._match_with(images, words, attention_mask, negatives)
-        labels = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]
-        # The last token predicts nothing.
-        itg = self._generate_loss(past, torch.cat((start, words[:, 1:-1]), dim=1), labels, images.stacks)
+            negatives = self._draw_negatives(to_text.detach(), to_image.detach(), share.start)
+        itm = self._match_with(images, words[:-1], text, input_ids, negatives, share)
+        labels = input_ids.flatten().index_select(0, text.places[text.texts :])
+        itg = self._caption_loss(captions, labels, share)
         return {"loss": itc + itm + itg, "itc": itc, "itm": itm, "itg": itg}
 
     def similarity(

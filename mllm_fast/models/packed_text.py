@@ -136,7 +136,7 @@ def attend_apart(queries: int, text: PackedText, captions: PackedText | None = N
         text: packed by `PackedText.of`. If there are fewer queries of the attention than rows, these are the first tokens.
         captions: None: none.
     """
-    visible = Mask(key_padding=text.mask)
+    visible, causal = Mask(key_padding=text.mask), Mask(causal=True)
     sizes = [queries, 0 if captions is None else captions.tokens]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
@@ -150,7 +150,7 @@ def attend_apart(queries: int, text: PackedText, captions: PackedText | None = N
         if captions is not None and captions.tokens:
             q1, k1, v1 = (captions.pad(x) for x in (q1, k1, v1))
             seen = {"extra_k": k0, "extra_v": v0} if queries else {}
-            read = ops.attention(q1, k1, v1, **seen, mask=Mask(causal=True), dropout_p=dropout_p)
+            read = ops.attention(q1, k1, v1, **seen, mask=causal, dropout_p=dropout_p)
             outputs.append(captions.pack(read))
         k2, v2 = text.pad(k2), text.pad(v2)
         whole = q2.shape[0] == text.tokens

@@ -120,6 +120,10 @@ def _cross_attention(layer: Layer, queries: Rows, image: Tensor | None, call: La
         queries = Rows(queries.normalized())
     q = heads_of(children.norm_linear(queries.values, queries.norm, linear, packs=packs), spec)
     queries = queries.of(queries.values.expand(batch, -1, -1))
+    rows = q.shape[1]
+    if call.sequences is not None:
+        q = q.reshape(call.sequences, -1, spec.heads, spec.head_dim)
+        batch = call.sequences
     key, value = children.resolve(block, names.key), children.resolve(block, names.value)
     if call.absorbed:
         padding = None if call.image_mask is None else call.image_mask.key_padding
@@ -141,7 +145,7 @@ def _cross_attention(layer: Layer, queries: Rows, image: Tensor | None, call: La
         kv_index=call.image_index,
         dropout_p=attention_p(block, names),
     )
-    return _post_norm(layer, attended.flatten(-2), names, queries)
+    return _post_norm(layer, attended.reshape(-1, rows, spec.width), names, queries)
 
 
 def _ffn(layer: Layer, x: Rows, names: FfnNames | None) -> Rows:

@@ -85,6 +85,8 @@ class LayerCall:
         keep: return the self-attention's keys and values too.
         attend: takes the place of the self-attention's core: queries, keys and values [B, S, heads, head_dim] and dropout
             to [B, rows, heads, head_dim]. For keys that are cached.
+        sequences: so many sequences' queries lie one after another in each batch row, and read an image each, `image_index`
+            [sequences]; their self-attention is for `attend` to know. None: a batch row is a sequence.
         stacks: stacked weights that several passes of one step share; None: each call makes or finds its own.
         defers: whether the layer may hand out `Parts` whose norms are pending, because another layer reads them.
     """
@@ -99,6 +101,7 @@ class LayerCall:
     rows: int | None = None
     keep: bool = False
     attend: Attend | None = None
+    sequences: int | None = None
     stacks: Stacks | None = None
     defers: bool = False
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from mllm_fast.demo import comparison
+from mllm_fast import demo
+from mllm_fast.demo import blip_systems, comparison
 from mllm_fast.demo.comparison import Comparison, compare, draw, peak_bytes, table
 from mllm_fast.demo.photographs import Photograph, load_photographs, to_tensor
 from mllm_fast.demo.systems import IMAGE, QUICK, SYSTEMS, Size, System, prompt
@@ -80,6 +81,20 @@ def test_a_missing_package_is_a_row_that_says_so(photographs: list[Photograph]) 
     console = Console(file=io.StringIO(), width=120)
     console.print(table([result]))
     assert "skipped: no_such_package not installed" in console.file.getvalue()
+
+
+def test_one_system_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [system.key for system in (*SYSTEMS, *blip_systems.SYSTEMS)]
+    assert keys == [
+        "idefics", "openflamingo", "flamingo-pytorch", "blip", "blip-2", "instructblip", "llava", "minigpt-4", "mplug-owl",
+    ]  # fmt: skip
+    assert demo.run(tmp_path, quick=True, only=["blip"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["systems.png"]
+    said = capsys.readouterr().out
+    assert "BLIP" in said and "IDEFICS" not in said and "digits" not in said
+    with pytest.raises(demo.UnknownSystemError, match=r"no blib; choose from idefics, .*, mplug-owl and digits"):
+        demo.run(tmp_path / "other", quick=True, only=["blib"])
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_plot_is_drawn(tmp_path: Path, photographs: list[Photograph]) -> None:

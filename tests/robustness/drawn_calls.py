@@ -31,6 +31,7 @@ from tests.kernels.attention_dense import dense_attention
 from tests.kernels.op_checks import Inputs, Op
 from tests.kernels.quantized_weights import definition, mapped_weight, ours, weight_4bit, weight_8bit
 
+BEYOND = 10**6  # no index or label is so large
 LAYOUTS = ("contiguous", "transposed", "columns", "every other row", "one row for all")
 layouts = st.sampled_from(LAYOUTS)
 leading = st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3).map(tuple)
@@ -51,12 +52,13 @@ def arranged(x: Tensor, layout: str) -> Tensor:
         return x
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
+    filling = torch.nan if x.is_floating_point() else BEYOND if x.dtype != torch.bool else True
     if layout == "columns":
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), filling)
         wide[..., 1:-2] = x
         return wide[..., 1:-2]
     if layout == "every other row":
-        wide = x.new_full((2 * x.shape[0], *x.shape[1:]), torch.nan)
+        wide = x.new_full((2 * x.shape[0], *x.shape[1:]), filling)
         wide[::2] = x
         return wide[::2]
     return x[:1].expand_as(x)
@@ -167,16 +169,17 @@ def absorbed_attentions(draw: st.DrawFn) -> Call:
     if draw(st.booleans()):
         given["key_padding"] = padding
 
-    def mine(**inputs: Tensor) -> Tensor:
-        return ops.absorbed_attention(**inputs, **given)
+    shared = draw(st.booleans())  # one row of queries for the whole batch, expanded
 
-    def theirs(**inputs: Tensor) -> Tensor:
-        return test_absorbed_attention.formed(**inputs, **given)
+    def call(attention: Op) -> Op:
+        return lambda q, **inputs: attention(q.expand(batch, -1, -1, -1), **inputs, **given)
 
     def values() -> Inputs:
-        return test_absorbed_attention.draw(batch, queries, keys, heads, size, width)
+        drawn = test_absorbed_attention.draw(batch, queries, keys, heads, size, width)
+        return drawn | ({"q": drawn["q"][:1]} if shared else {})
 
-    return Call(mine, theirs, strided(("q", "x", "key_weight", "value_weight"), draw, values))
+    inputs = strided(("x", "key_weight", "value_weight"), draw, values)
+    return Call(call(ops.absorbed_attention), call(test_absorbed_attention.formed), inputs)
 
 
 @st.composite
@@ -200,7 +203,11 @@ def attentions(draw: st.DrawFn, media: bool) -> Call:
     def call(attention: Any, q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
         return attention(q if batch is None else q.expand(batch, -1, -1, -1), k, v, **extra, **settings)
 
-    return Call(lambda **kw: call(ops.attention, **kw), lambda **kw: call(dense_attention, **kw), inputs)
+    def theirs(**inputs: Tensor) -> Tensor:
+        # Gradients of 0 for what nobody reads.
+        return call(dense_attention, **inputs) + 0 * sum(x.sum() for x in inputs.values())
+
+    return Call(lambda **inputs: call(ops.attention, **inputs), theirs, inputs)
 
 
 @st.composite
