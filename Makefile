@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env install demo test lint audit bench gpu clean
+.PHONY: help env install demo test lint audit bench docs gpu release clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -79,6 +79,10 @@ bench: $(READY) ## measure every block against its peers; ARGS="--list" and othe
 audit: $(READY) ## compile every kernel without a GPU; ARGS="--arch sm_90" selects
 	$(call require)
 	$(PY) -m mllm_fast.cli audit --processes $(JOBS) $(ARGS)
+
+docs: $(READY) ## write docs/api.md anew, from the docstrings
+	$(call require)
+	$(PY) docs/generate_api.py
 
 # Under nine minutes, for each step has its share of them. Every step runs, also after one that failed; the exit status
 # tells whether all went well. The results go to bench/results/<name of the GPU>/, the benchmarks' after every workload.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
 from .target import on_device
 from .tile import tanh
 
@@ -55,12 +56,12 @@ def column_sums(parts: Tensor, shape: torch.Size, dtype: torch.dtype, gate: Tens
     number, columns = parts.shape
     BP, BN = _blocks(number, columns)
     with on_device(parts):
-        column_sums_kernel[(triton.cdiv(columns, BN),)](parts, gate, out, number, columns, BP=BP, BN=BN, num_warps=4)
+        column_sums_kernel[(cdiv(columns, BN),)](parts, gate, out, number, columns, BP=BP, BN=BN, num_warps=4)
     return out
 
 
 def _blocks(parts: int, columns: int) -> tuple[int, int]:
     """Parts and columns of a tile: few steps over many parts, and no idle lanes where there are few of either."""
     BP = 4 if parts <= 4 else 16 if parts <= 16 else 64
-    BN = min(_ELEMENTS // BP, triton.next_power_of_2(columns))
+    BN = min(_ELEMENTS // BP, next_power_of_2(columns))
     return max(BP, _ELEMENTS // BN) if parts > 16 else BP, BN

@@ -20,6 +20,8 @@ PROCESSORS: dict[Arch, int] = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
 
 # What the launches on meta tensors are meant for, which the audit records (`launch.recording`).
 _of_meta_tensors: Arch = "sm_90"
+# Made once: every launch asks for one.
+_NOTHING = contextlib.nullcontext()
 
 
 def arch_of(device: torch.device) -> Arch:
@@ -57,8 +59,8 @@ def precision(arch: Arch, dtype: torch.dtype) -> str:
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes x's device the current one, on which Triton launches."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
     return torch.cuda.device(x.device)
 
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .finetune import FinetuningPlan, Lora, prepare_finetuning
     from .fusion import FuseReport, NothingToFuseError, fuse, unfuse
     from .kernels.runtime import backend
     from .quantization import QuantizationReport, load, quantization_report, quantize_llm
@@ -17,19 +18,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FinetuningPlan",
     "FuseReport",
+    "Lora",
     "NothingToFuseError",
     "QuantizationReport",
     "__version__",
     "backend",
     "fuse",
     "load",
+    "prepare_finetuning",
     "quantization_report",
     "quantize_llm",
     "unfuse",
 ]
 
 _HOMES = {
+    "FinetuningPlan": "finetune",
+    "Lora": "finetune",
+    "prepare_finetuning": "finetune",
     "FuseReport": "fusion",
     "NothingToFuseError": "fusion",
     "fuse": "fusion",

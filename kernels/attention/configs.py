@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-import triton
-
+from ..sizes import next_power_of_2
 from ..target import PROCESSORS, Arch
 from ..tile import split_width
 
@@ -61,7 +60,7 @@ def _fit(config: Config, arch: Arch, itemsize: int, media: Media | None) -> Conf
         config = replace(config, registers=255)
     if media is None:
         return config
-    return replace(config, BN=min(config.BN, max(16, triton.next_power_of_2(media.tokens))))
+    return replace(config, BN=min(config.BN, max(16, next_power_of_2(media.tokens))))
 
 
 @functools.lru_cache(maxsize=4096)

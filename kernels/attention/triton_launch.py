@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from ..sizes import cdiv, next_power_of_2
 from ..sums import column_sums
 from ..target import Arch, arch_of, keep_scale, on_device, precision
 from ..tile import split_width
@@ -48,9 +48,9 @@ def forward(
     pack = _pack(q, k, extra_k, settings)
     rows, clusters = queries * group * pack, batch // pack
     if config is None:
-        tiles = triton.cdiv(rows, 128) * key_heads * clusters
+        tiles = cdiv(rows, 128) * key_heads * clusters
         config = configs.forward_config(arch, rows, tiles, width, q.element_size(), media)
-    programs = triton.cdiv(rows, config.BM) * key_heads * clusters
+    programs = cdiv(rows, config.BM) * key_heads * clusters
     if splits is None:
         splits = configs.splits_for(arch, programs, keys, settings.images, config.BN)
     target, target_lse = out, lse
@@ -64,7 +64,7 @@ def forward(
             total = batch * queries * heads
             attention_combine[(total,)](
                 target, target_lse, out, lse, total,
-                SPLITS=splits, D=width, BD=triton.next_power_of_2(width), num_warps=2,
+                SPLITS=splits, D=width, BD=next_power_of_2(width), num_warps=2,
             )  # fmt: skip
     return out, lse
 
@@ -103,7 +103,7 @@ def backward(
         query_config = configs.query_gradient_config(arch, rows, width, q.element_size(), media)
     delta = torch.empty_like(lse)
     with on_device(q):
-        programs = triton.cdiv(rows, query_config.BM) * key_heads * (batch // pack)
+        programs = cdiv(rows, query_config.BM) * key_heads * (batch // pack)
         _launch_rows(programs, q, k, v, extra_k, extra_v, (grad, out, delta), dq, lse, settings, pack, 1,
                      query_config, arch)  # fmt: skip
         order = None
@@ -198,12 +198,12 @@ def _launch_keys(
         config = configs.key_gradient_config(
             arch, queries * group, width, q.element_size(), _media(s) if words else None
         )
-    blocks = s.images * triton.cdiv(s.tokens, config.BN) if words else triton.cdiv(keys, config.BN)
+    blocks = s.images * cdiv(s.tokens, config.BN) if words else cdiv(keys, config.BN)
     programs = blocks * key_heads * key_rows
     if parts is None:
         # With kv_index, how many rows read a key row is on the device: as many each, says the guess.
         sharing = max(1, batch // key_rows) if order is not None else fold
-        tiles = triton.cdiv(queries * group, config.BM)
+        tiles = cdiv(queries * group, config.BM)
         parts = configs.parts_for(arch, programs, sharing, tiles, s.images if words else 0)
     number = parts[0] * parts[1]
     shape, dtype = (k.shape, k.dtype) if number == 1 else ((number, *k.shape), torch.float32)
@@ -228,7 +228,7 @@ def _masks(s: Settings, batch: int) -> tuple[tuple[Tensor | None, ...], tuple[in
     lengths = None if s.key_lengths is None else s.key_lengths.contiguous()
     if s.images == 0:
         return (lengths, padding, None, None, None), (0, 0), 0
-    number = triton.cdiv(s.images, 64)
+    number = cdiv(s.images, 64)
     if s.words is not None:
         words = s.words if s.words.stride(2) == 1 else s.words.contiguous()
         strides = words.stride()
@@ -268,7 +268,7 @@ def _eights(q: Tensor, *others: Tensor | None) -> bool:
 
 
 def _media(s: Settings) -> Media | None:
-    return Media(s.tokens, triton.cdiv(s.images, 64)) if s.images else None
+    return Media(s.tokens, cdiv(s.images, 64)) if s.images else None
 
 
 def _order(kv_index: Tensor, key_rows: int) -> tuple[Tensor, Tensor]:

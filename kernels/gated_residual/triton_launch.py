@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import target
 from ..rows import Strides, as_rows
+from ..sizes import cdiv
 from ..sums import column_sums
 from ..target import on_device
 from . import configs
@@ -35,7 +35,7 @@ def forward(
     (residual_rows, branch_rows, mask), inner, strides = _rows(residual, branch, row_mask)
     rows = out.numel() // width
     with on_device(out):
-        gated_rows[(triton.cdiv(rows, config.BM) * triton.cdiv(width, config.BD),)](
+        gated_rows[(cdiv(rows, config.BM) * cdiv(width, config.BD),)](
             residual_rows, branch_rows, gate, mask, out, *strides[0], *strides[1], *strides[2], rows, inner, width,
             SCALAR=gate.numel() == 1, BD=config.BD, BM=config.BM, num_warps=config.num_warps,
         )  # fmt: skip
@@ -67,8 +67,8 @@ def backward(
     arch, rows, scalar = target.arch_of(grad.device), grad.numel() // width, gate.numel() == 1
     if config is None:
         config = configs.config_for(arch, width)
-    columns = triton.cdiv(width, config.BD)
-    programs, parts = triton.cdiv(rows, config.BM), None
+    columns = cdiv(width, config.BD)
+    programs, parts = cdiv(rows, config.BM), None
     if branch is not None:
         programs = configs.programs_for(arch, rows, columns, config)
         shape = (programs * columns, 1) if scalar else (programs, width)

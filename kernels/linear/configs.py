@@ -12,8 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-import triton
-
+from ..sizes import cdiv, next_power_of_2
 from ..target import PROCESSORS, Arch
 
 
@@ -113,7 +112,7 @@ def config_for(arch: Arch, problem: Problem) -> Config:
     p = problem
     # AMD's smallest matrix instruction has 16 rows and 16 columns.
     least = 16 if arch == "gfx942" else 8
-    most = max(least, *(triton.next_power_of_2(rows) for rows in p.rows))
+    most = max(least, *(next_power_of_2(rows) for rows in p.rows))
     best, chosen, programs = -1.0, None, 0
     for share, config in _tiles(p):
         lanes = 64 if arch == "gfx942" else 32
@@ -131,11 +130,6 @@ def config_for(arch: Arch, problem: Problem) -> Config:
     return _fit(arch, p, replace(chosen, SPLITS=_splits(arch, p, chosen, programs)))
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. `triton.cdiv` is made for kernels too, and slow."""
-    return -(-a // b)
-
-
 def column_tiles(features: int, BN: int, head: int) -> int:
     """How many tiles of BN columns there are; heads that do not fill a tile have one each."""
     return cdiv(features, head if head and BN % head else BN)
@@ -145,7 +139,7 @@ def _tiles(p: Problem) -> tuple[tuple[float, Config], ...]:
     if not p.head:
         return _TILES if p.itemsize == 2 else _TILES_FP32
     # Whole heads, of which one may be wider than the tile of features that the rows would ask for.
-    BN = max(triton.next_power_of_2(p.head), 64 if 64 % p.head == 0 else 16)
+    BN = max(next_power_of_2(p.head), 64 if 64 % p.head == 0 else 16)
     BK = (32 if BN >= 128 else 64) * 2 // p.itemsize
     warps = 4 if BN <= 64 else 8
     return (
@@ -170,7 +164,7 @@ def _fit(arch: Arch, p: Problem, config: Config) -> Config:
         config = replace(config, BK=config.BK // 2)
     if p.width % config.step:
         # Masked in K, perhaps unaligned, and so loaded through registers: small tiles.
-        BK = triton.next_power_of_2(cdiv(p.width, config.SLICES))
+        BK = next_power_of_2(cdiv(p.width, config.SLICES))
         config = replace(config, BK=max(16, min(32, BK)))
     stage = config.step * (config.BM * p.itemsize_x + config.BN * p.itemsize * (2 if p.glu else 1))
     small = config.BM * config.BN < 128 * 64
@@ -187,7 +181,7 @@ def _fit(arch: Arch, p: Problem, config: Config) -> Config:
 @functools.lru_cache(maxsize=4096)
 def merge_config(features: int, head: int) -> Config:
     """Of `linear_merge`."""
-    BN = min(512, triton.next_power_of_2(features)) if not head else triton.next_power_of_2(head)
+    BN = min(512, next_power_of_2(features)) if not head else next_power_of_2(head)
     return Config(max(1, 4096 // BN) if BN < 512 else 4, BN, 1)
 
 
@@ -229,7 +223,7 @@ def plan(arch: Arch, problem: Problem) -> Plan:
 @functools.lru_cache(maxsize=4096)
 def edge_config(features: int) -> Config:
     """Of `edge_backward`."""
-    BN = min(128, triton.next_power_of_2(features))
+    BN = min(128, next_power_of_2(features))
     return Config(2048 // BN, BN, 1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import target
 from ..rows import as_rows
+from ..sizes import cdiv
 from ..sums import column_sums
 from ..target import keep_scale, on_device
 from . import configs
@@ -135,8 +136,8 @@ def _edge(
         y = grad.reshape(rows, features).to(dtype)
         return _Edge(y, None, y.sum(0, dtype=None if g.bias is None else g.bias.dtype) if need_bias else None)
     config = configs.edge_config(features)
-    columns = configs.cdiv(features, config.BN)
-    programs = configs.cdiv(rows, config.BM)
+    columns = cdiv(features, config.BN)
+    programs = cdiv(rows, config.BM)
     if need_bias or extras_need.gate_bias or extras_need.gate:
         programs = min(programs, configs.summing_programs(target.arch_of(grad.device), columns))
 

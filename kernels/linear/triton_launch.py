@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import target
 from ..rows import as_rows
+from ..sizes import cdiv
 from ..target import Arch, keep_scale, on_device
 from . import configs
 from .call import NO_EXTRAS, NOTHING_SAVED, Extras, Group, Numbers, Saved, outputs_for
-from .configs import Config, Problem, cdiv
+from .configs import Config, Problem
 from .norm_calls import normalized
 from .triton_linear import grouped_tiles, linear_merge, linear_tiles
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import triton
-
+from ..sizes import cdiv, next_power_of_2
 from ..target import PROCESSORS, Arch
 
 # Longer rows go to the reference: a row has to fit into the registers of one program.
@@ -47,12 +46,12 @@ def sums_apart(config: Config, dropout: bool) -> bool:
 
 def programs_for(arch: Arch, rows: int, config: Config) -> int:
     """How many programs share out the rows where each adds up its own."""
-    return min(triton.cdiv(rows, config.BM), BLOCKS * PROCESSORS[arch])
+    return min(cdiv(rows, config.BM), BLOCKS * PROCESSORS[arch])
 
 
 def _config(arch: Arch, width: int) -> Config:
     """Short rows share a program until that has 1024 elements; 8 a thread, which are 16 bytes of a 16-bit row."""
     lanes = 64 if arch == "gfx942" else 32
-    BD = triton.next_power_of_2(width)
+    BD = next_power_of_2(width)
     BM = max(1, 1024 // BD)
     return Config(BM, BD, max(1, min(16, BM * BD // (lanes * 8))))

@@ -26,9 +26,8 @@ INV_127 = 7.874015718698502e-3
 # Elements of a panel, at most; of a small weight it is an eighth, down to the least that is worth a matrix product.
 PANEL = 1 << 21
 LEAST_PANEL = 1 << 16
-# Up to so many rows, the input gradient is a sum over panels of whole rows, which decode faster than panels of columns;
-# the second is for weights with a decoder of their own, which knows rows only.
-FEW_ROWS = (128, 512)
+# Up to so many rows, the input gradient is a sum over panels of whole rows, which decode faster than panels of columns.
+FEW_ROWS = 128
 # Up to so many rows, torch's product of bf16 with int8 is the faster one.
 INT8_ROWS = 32
 
@@ -87,7 +86,11 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None, term: LowRank | None
         for first, last in _ranges(rows, _row_step(weight)):
             some = None if bias is None else bias[first:last]
             if scale is None:
-                out[:, first:last] = F.linear(x, panels.rows(first, last), some)
+                panel, part = panels.rows(first, last).mT, out[:, first:last]
+                if some is None:
+                    torch.mm(x, panel, out=part)
+                else:
+                    torch.addmm(some, x, panel, out=part)
             else:
                 out[:, first:last] = _scaled(F.linear(x, panels.rows(first, last)), scale[first:last], some)
     return out if term is None else out.add_(dense(term, out.dtype))
@@ -114,25 +117,30 @@ def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return (scaled if bias is None else scaled.add_(bias)).to(y.dtype)
 
 
-def input_gradient(grad: Tensor, weight: Weight, term: LowRank | None) -> Tensor:
-    """dY W + term: [M, N] -> [M, K]."""
+def input_gradient(grad: Tensor, weight: Weight, term: LowRank | None, into: Tensor | None = None) -> Tensor:
+    """dY W + term: [M, N] -> [M, K]; added to `into`, and that returned, where it is given."""
     rows, columns = weight.shape
     panels, scale = _panels(weight, grad.dtype)
     if scale is not None:
         grad = (grad * scale).to(grad.dtype)
-    step = _row_step(weight)
+    step, out = _row_step(weight), into
     if step >= rows:
-        out = grad @ panels.rows(0, rows)
-    elif grad.shape[0] > FEW_ROWS[panels.decoder is not None] and weight.aligned:
-        out = grad.new_empty(grad.shape[0], columns)
+        whole = panels.rows(0, rows)
+        out = grad @ whole if out is None else out.addmm_(grad, whole)
+    elif grad.shape[0] > FEW_ROWS and weight.aligned:
+        out = grad.new_empty(grad.shape[0], columns) if into is None else into
         for first, last in _ranges(columns, _column_step(weight)):
-            out[:, first:last] = grad @ panels.columns(first, last)
+            panel, part = panels.columns(first, last), out[:, first:last]
+            if into is None:
+                torch.mm(grad, panel, out=part)
+            else:
+                part.addmm_(grad, panel)
     else:
         # Sums in 16 bit would be rounded once a panel.
         total = grad.new_zeros(grad.shape[0], columns, dtype=torch.promote_types(grad.dtype, torch.float32))
         for first, last in _ranges(rows, step):
             total += grad[:, first:last] @ panels.rows(first, last)
-        out = total.to(grad.dtype)
+        out = total.to(grad.dtype) if out is None else out.add_(total)
     return out if term is None else out.add_(dense(term, out.dtype))
 
 

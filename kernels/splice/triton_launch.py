@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+from ..sizes import cdiv, next_power_of_2
 from ..target import arch_of, on_device
 from .triton_splice import gather_rows, sum_rows
 
@@ -30,7 +30,7 @@ def config_for(arch: str, width: int, itemsize: int) -> Config:
     """
     lanes = 64 if arch == "gfx942" else 32
     elements = 16 // itemsize
-    warps = min(4, max(1, triton.next_power_of_2(width) // (lanes * elements)))
+    warps = min(4, max(1, next_power_of_2(width) // (lanes * elements)))
     return Config(warps * lanes * elements, warps)
 
 
@@ -84,7 +84,7 @@ def _gather(text: Tensor | None, ids: Tensor | None, features: Tensor | None, in
     width = out.shape[-1]
     config = config_for(arch_of(out.device), width, out.element_size())
     with on_device(out):
-        gather_rows[(index.numel(), triton.cdiv(width, config.BD))](
+        gather_rows[(index.numel(), cdiv(width, config.BD))](
             text, None if ids is None else ids.contiguous(), features, index.contiguous(), out,
             0 if text is None else text.stride(0), 0 if features is None else features.stride(0), width,
             BD=config.BD, num_warps=config.num_warps,
@@ -100,7 +100,7 @@ def _sum(grad: Tensor, read: Tensor, out: Tensor) -> None:
     width = out.shape[1]
     config = config_for(arch_of(out.device), width, out.element_size())
     with on_device(out):
-        sum_rows[(out.shape[0], triton.cdiv(width, config.BD))](
+        sum_rows[(out.shape[0], cdiv(width, config.BD))](
             grad, order, ends, out, grad.stride(0), width, BD=config.BD, num_warps=config.num_warps
         )
 

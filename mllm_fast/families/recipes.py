@@ -32,6 +32,7 @@ class Recipe:
         language_model: path of the language model, or of its layers, where LoRA goes. None: there is none.
         fp32: paths of modules that are trained in fp32 whatever the other parts are trained in.
         evaluation: paths of modules that stay in evaluation mode while they are frozen, as in the original's training.
+        blocks: paths of blocks that are checkpointed by themselves, beside those that transformers can checkpoint.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -39,6 +40,7 @@ class Recipe:
     language_model: str | None
     fp32: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -113,6 +115,7 @@ _OPEN_FLAMINGO = Recipe(
     },
     vision="vision_encoder",
     language_model="lang_encoder",
+    blocks=("lang_encoder.gated_cross_attn_layers.*", "lang_encoder.old_decoder_blocks.*"),
 )
 
 
@@ -124,6 +127,7 @@ def _own_flamingo(prefix: str = "") -> Recipe:
         },
         vision=f"{prefix}vision_encoder",
         language_model=f"{prefix}lm",
+        blocks=(f"{prefix}blocks.*",),
     )
 
 
@@ -155,10 +159,12 @@ def _retrieval(prefix: str = "", *more: str) -> Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "open_flamingo.src.flamingo.Flamingo": _OPEN_FLAMINGO,
+    # With images, its forward itself freezes whatever is not the bridge.
     "flamingo_pytorch.flamingo_palm.FlamingoPaLM": Recipe(
-        parts={"bridge": ("perceiver_resampler", "layers.*.1"), "embeddings": ("token_emb",)},
+        parts={"bridge": ("perceiver_resampler", "layers.*.1")},
         vision="img_encoder?",
-        language_model="layers",
+        language_model=None,
+        blocks=("layers.*.*",),
     ),
     f"{_OWN}.flamingo.Flamingo": _own_flamingo(),
     f"{_OWN}.flamingo_model.FlamingoForConditionalGeneration": _own_flamingo("model."),
@@ -166,7 +172,8 @@ RECIPES: Mapping[str, Recipe] = {
         parts={
             "bridge": ("model.gated_cross_attn_layers", "model.perceiver_resampler?"),
             "embeddings": ("model.embed_tokens.additional_embedding?", "lm_head.additional_fc?"),
-            "vision": ("model.vision_model",),
+            # Its last norm is for an output that nothing reads.
+            "vision": ("model.vision_model.embeddings", "model.vision_model.encoder"),
         },
         vision="model.vision_model",
         language_model="model.layers",

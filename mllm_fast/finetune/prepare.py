@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..families import state_of
 from ..families.recipes import Recipe, recipe_of, resolve, unwrapped
 from ..fusion import NothingToFuseError, fuse
 from ..quantization.selection import quantized_layers
-from . import checkpointing as _checkpointing
+from . import checkpointing as blocks
+from .checkpointing import Checkpointing
 from .lora import Lora, find_targets, inject, lora_layers, lora_parameters, same_lora
-from .memory import BatchShape, activations
+from .memory import BatchShape
 from .plan import FinetuningPlan, Optimizer, PartRow, part_rows
 
 __all__ = ["FinetuningPlan", "Lora", "PartRow", "prepare_finetuning"]
 
 LORA = "lora"
-Checkpointing = Literal["none", "recompute", "offload"]
 
 # The dtypes that parameters had before they were cast for training, by name.
 _CAST = "_mllm_fast_cast"
@@ -69,7 +69,6 @@ def prepare_finetuning(
     _check_choices(checkpointing, optimizer, trained_dtype)
     parts = _parts(recipe, train, lora)
     roots = [] if recipe.language_model is None else _modules(resolve(base, recipe.language_model))
-    members = {part: resolve(base, path) for part in parts for path in recipe.parts[part]}
     members = {part: [m for path in recipe.parts[part] for m in resolve(base, path)] for part in parts}
     trained = list({id(p): p for found in members.values() for m in found for p in _parameters(m)}.values())
     _check_trainable(base, members)
@@ -81,7 +80,7 @@ def prepare_finetuning(
             f"{compute_dtype} or torch.float32, or load the language model in {trained_dtype}"
         )
     targets = _targets(base, recipe, roots, lora) if _wants_lora(train) else None
-    checkpoints = _checkpointing.find(base, recipe) if checkpointing != "none" else None
+    checkpoints = blocks.find(base, recipe) if checkpointing != "none" else None
 
     with contextlib.ExitStack() as undo:
         _restore_on_failure(undo, base)
@@ -99,11 +98,10 @@ def prepare_finetuning(
         _keep_in_evaluation(base, recipe)
         with contextlib.suppress(NothingToFuseError):
             fuse(model, **_fuse_options(model))
-        _checkpointing.apply(base, checkpoints, checkpointing)
+        blocks.apply(base, checkpoints, checkpointing)
         ids = {id(p) for p in (*trained, *adapters)}
         names = tuple(name for name, p in model.named_parameters() if id(p) in ids)
-        estimates = None if batch is None else activations(base, recipe, batch, compute_dtype, checkpointing)
-        rows = part_rows(base, _labels(base, recipe, members, roots), optimizer, estimates)
+        rows = part_rows(base, _labels(base, recipe, members, roots), optimizer)
         plan = FinetuningPlan(model, train, rows, names, compute_dtype, optimizer)
         undo.pop_all()
     return plan
@@ -229,8 +227,9 @@ def _keep_in_evaluation(base: nn.Module, recipe: Recipe) -> None:
             module.train(base.training)
     for path in (*([recipe.vision] if recipe.vision is not None else []), *recipe.evaluation):
         for module in _modules(resolve(base, path)):
-            parameters = list(module.parameters())
-            if not parameters or not all(p.requires_grad for p in parameters):
+            # A norm of the vision model that belongs to the bridge does not make it a trained one.
+            sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+            if 2 * sum(size for size, trained in sizes if trained) <= sum(size for size, _ in sizes):
                 module.eval()
                 module.__dict__["train"] = StaysInEvaluation(module)
 
@@ -251,16 +250,19 @@ def _labels(
     roots: list[nn.Module],
 ) -> dict[str, list[nn.Module | nn.Parameter]]:
     """The rows of the table: what is trained first, LoRA, and then the rest of the model by its large parts."""
-    labels: dict[str, list[nn.Module | nn.Parameter]] = dict(members)
+    labels = {part: list(found) for part, found in members.items()}
     if layers := lora_layers(base):
         labels[LORA] = list(lora_parameters(layers.values()))
     vision = [] if recipe.vision is None else resolve(base, recipe.vision)
+    around = []
     for part, paths in recipe.parts.items():
         found = [m for path in paths for m in resolve(base, path)]
-        if part not in labels and not any(m in vision or m in roots for m in found):
+        if any(m in roots for m in found):
+            around += found  # the language model and its head
+        elif part not in labels and not any(m in vision for m in found):
             labels[part] = found
     labels.setdefault("vision", []).extend(vision)
-    labels.setdefault("language model", []).extend(roots)
+    labels.setdefault("language model", []).extend([*roots, *around])
     return labels
 
 
@@ -272,9 +274,10 @@ def _restore_on_failure(undo: contextlib.ExitStack, base: nn.Module) -> None:
 
     def restore() -> None:
         for p, flag, data, grad in flags:
-            p.data = data
+            if p.dtype != data.dtype:
+                p.data = data
+                p.grad = grad
             p.requires_grad_(flag)
-            p.grad = grad
         for module, training, train in modes:
             module.training = training
             module.__dict__.pop("train", None)
@@ -297,7 +300,3 @@ def _submodules(member: nn.Module | nn.Parameter) -> Iterable[nn.Module]:
 
 def _parameters(member: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
     return [member] if isinstance(member, nn.Parameter) else member.parameters()
-
-
-def _tensors(found: Iterable[Tensor]) -> list[Tensor]:
-    return list(found)

@@ -21,14 +21,14 @@ from .. import ops
 from ..families import state_of
 from ..families._qformer_style import embed, layers_of, run_layers
 from ..fusion import fuse
-from ..kernels.attention import Mask
 from ..modules import children
 from ..modules.qformer_projections import absorbs, project_images
 from ..modules.qformer_spec import LayerCall, Stacks
 from ..modules.rows import Parts
+from .contrast import Share, contrast, hard_negatives, similarities
+from .gathering import gathered
+from .packed_text import PackedText, attend_apart, attend_together
 from .text_decoder import decode_text
-
-IGNORED = -100
 
 
 class LanguageModelHead(nn.Module):
@@ -118,34 +118,47 @@ class Blip2Stage1(nn.Module):
         *,
         features: Tensor | None = None,
         negatives: tuple[Tensor, Tensor] | None = None,
+        across_processes: bool = True,
     ) -> dict[str, Tensor]:
         """The losses of a training step; text b describes image b.
+
+        Under `torch.distributed`, contrast and negatives reach over the pairs of all processes, and the mean of the losses
+        (and of the gradients, as `DistributedDataParallel` takes it) is what one process would get for all pairs.
 
         Args:
             input_ids: [B, T], beginning with [CLS] and padded on the right.
             attention_mask: [B, T], 1 for a token and 0 for padding.
             pixel_values: [B, C, H, W], or `features` [B, M, D_image] in their place.
             negatives: for each text a wrong image, and for each image a wrong text, [B] int64 each; default: drawn by
-                similarity, as section 3.2 of the paper has it.
+                similarity, as section 3.2 of the paper has it. With several processes these count through the pairs of all.
+            across_processes: whether to make use of the other processes; if so, all have to call this, with equally many
+                pairs. Texts may be padded to different lengths.
 
         Returns:
             "loss", the sum of "itc", "itm" and "itg".
 
         Raises:
-            ValueError: a missing or misshapen mask, other than one text an image, or fewer than two pairs.
+            ValueError: a missing or misshapen mask, padding elsewhere than on the right, other than one text an image,
+                fewer than two pairs, or a different number in another process.
         """
         self._check_text(input_ids, attention_mask)
         # A checkpointed layer makes its weights anew in backward, and must not meet those of the forward pass.
         checkpointed = any(layer.gradient_checkpointing for layer in self.retrieval.qformer.encoder.layer)
         images = self._images(pixel_values, features, None if checkpointed and self.training else Stacks())
-        text = _right_padded(attention_mask)
-        share = self._share(images, input_ids, text)
+        text = PackedText.right_padded(attention_mask)
+        if images.features.shape[0] != text.texts:
+            raise ValueError(
+                f"got {images.features.shape[0]} images and {text.texts} texts; a step needs one text for each image"
+            )
+        predicted = text.tokens - text.texts
+        share = Share.of(text.texts, input_ids.shape[1], predicted, input_ids.device, across_processes)
         words = self._look_up(input_ids, text, start=True)
         queries, captions, first = self._separate_passes(images, words, text)
-        to_text, to_image = self._similarities(queries, first)
-        itc = self._contrast(to_text, to_image, share.start)
+        to_text, to_image = self._similarities(queries, first, share.processes > 1)
+        scores = to_text / self.temperature, to_image / self.temperature
+        itc = contrast(scores, share.start, self.label_smoothing)
         if negatives is None:
-            negatives = self._draw_negatives(to_text.detach(), to_image.detach(), share.start)
+            negatives = hard_negatives(scores, share.start)
         itm = self._match_with(images, words[:-1], text, input_ids, negatives, share)
         labels = input_ids.flatten().index_select(0, text.places[text.texts :])
         itg = self._caption_loss(captions, labels, share)
@@ -162,8 +175,8 @@ class Blip2Stage1(nn.Module):
         """Cosine similarity [I, B] of every image with every text, by the best query (`use_image_text_matching_head=False`)."""
         self._check_text(input_ids, attention_mask)
         images = self._images(pixel_values, features, once=True)
-        words = self.retrieval.embeddings(input_ids=input_ids)
-        return self._similarity(self._query_pass(images)[0], self._text_pass(words, attention_mask, None))
+        text = PackedText.right_padded(attention_mask)
+        return self._similarities(self._query_pass(images)[0], self._text_pass(self._look_up(input_ids, text), text))[0]
 
     def match(
         self,
@@ -182,8 +195,8 @@ class Blip2Stage1(nn.Module):
             image_index: [B], the image of each text; default: text b has image b // (B / I).
         """
         self._check_text(input_ids, attention_mask)
-        images = self._images(pixel_values, features)
-        return self._match(images, self.retrieval.embeddings(input_ids=input_ids), attention_mask, image_index)
+        images, text = self._images(pixel_values, features), PackedText.of(attention_mask)
+        return self._match(images, self._look_up(input_ids, text), text, image_index)
 
     @torch.no_grad()
     def generate_text(
@@ -255,79 +268,134 @@ class Blip2Stage1(nn.Module):
         call = LayerCall(queries.shape[1], absorbed=images.absorbed, keep=keep, stacks=images.stacks)
         return run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call)
 
-    def _words(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of texts [B, T, D], and of [DEC] in the place of their first token [B, 1, D]: one look-up a step."""
-        rows, length = input_ids.shape
-        ids = torch.cat((input_ids, input_ids.new_full((rows, 1), self.bos_token_id)), dim=1)
-        positions = torch.arange(length + 1, device=input_ids.device).fmod(length).unsqueeze(0)
-        words = self.retrieval.embeddings(input_ids=ids, position_ids=positions)
-        return words[:, :-1], words[:, -1:]
+    def _look_up(self, input_ids: Tensor, text: PackedText, start: bool = False) -> Tensor:
+        """Embeddings of the tokens [N, D]; with `start` also of [DEC] as a first token, [N + 1, D]."""
+        ids, positions = input_ids.flatten().index_select(0, text.places), text.positions
+        if start:
+            ids, positions = F.pad(ids, (0, 1), value=self.bos_token_id), F.pad(positions, (0, 1))
+        words: Tensor = self.retrieval.embeddings(input_ids=ids[None], position_ids=positions[None])[0]
+        return words
 
-    def _text_pass(self, words: Tensor, attention_mask: Tensor, stacks: Stacks | None) -> Tensor:
-        """The first row [B, D] of embedded texts [B, T, D] that see no image."""
-        x = self._embed(words)
-        call = LayerCall(0, Mask(key_padding=attention_mask.bool()), stacks=stacks)
-        none = [None] * len(self.retrieval.qformer.encoder.layer)
-        return run_layers(self.retrieval.qformer, x, None, none, call, rows=1)[0][:, 0]
+    def _separate_passes(self, images: Images, words: Tensor, text: PackedText) -> tuple[Tensor, Tensor, Tensor]:
+        """Contrast and generation layer by layer together, because generation reads what the queries of contrast are.
 
-    def _match(self, images: Images, words: Tensor, attention_mask: Tensor, image_index: Tensor | None) -> Tensor:
-        """Matching scores [B, 2]: queries and text see each other, and the queries their image."""
-        queries = self._queries(words.shape[0])
-        count = queries.shape[1]
-        x = self._embed(torch.cat((queries.to(words.dtype), words), dim=1))
-        visible = F.pad(attention_mask.bool(), (count, 0), value=True)
-        call = LayerCall(count, Mask(key_padding=visible), image_index=image_index, stacks=images.stacks)
+        Args:
+            words: embeddings of the tokens and of [DEC], [N + 1, D].
+
+        Returns:
+            queries that read their image [I, Lq, D]; causal text that sees the queries of its image, [N - B, D], a row for
+            each token but the first, which it predicts; and the first row [B, D] of texts that see no image.
+        """
+        captions, texts = text.shifted(), text.texts
+        # The token before each that is predicted: [DEC], which is the last of the words, stands before the second one.
+        before = F.pad(text.slots.view(text.mask.shape)[:, 1:-1], (1, 0), value=text.tokens)
+        before = before.flatten().index_select(0, captions.places)
+        queries = self._queries(texts).to(words.dtype).flatten(0, 1)
+        x = self._embed(torch.cat((queries, words.index_select(0, before), words[:-1])).unsqueeze(0))
+        rows = queries.shape[0]
+        attend = attend_apart(rows, text, captions)
+        call = LayerCall(rows, attend=attend, sequences=texts, stacks=images.stacks)
+        count = rows + captions.tokens + texts
         hidden, _ = run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call, rows=count)
-        head = self.retrieval.itm_head
-        return head(hidden.to(head.weight.dtype)).mean(dim=1)
+        queries, caption_rows, first = hidden[0].split((rows, captions.tokens, texts))
+        return queries.unflatten(0, (texts, -1)), caption_rows, first
 
-    def _generation_pass(self, past: Sequence[Tensor], words: Tensor, stacks: Stacks | None = None) -> Tensor:
-        """Causal text [B, T, D], embedded, that sees the queries' keys and values, for each layer [B, Lq, 2 D]."""
-        x = self._embed(words)
-        call = LayerCall(0, Mask(causal=True), past=True, stacks=stacks)
-        return run_layers(self.retrieval.qformer, x, None, past, call)[0]
+    def _text_pass(self, words: Tensor, text: PackedText) -> Tensor:
+        """The first row [B, D] of texts that see no image, from their embedded tokens [N, D]."""
+        call = LayerCall(0, attend=attend_apart(0, text))
+        none = [None] * len(self.retrieval.qformer.encoder.layer)
+        x = self._embed(words.unsqueeze(0))
+        return run_layers(self.retrieval.qformer, x, None, none, call, rows=text.texts)[0][0]
+
+    def _match(self, images: Images, words: Tensor, text: PackedText, image_index: Tensor | None) -> Tensor:
+        """Matching scores [B, 2]: queries and text see each other, and the queries their image."""
+        queries = self._queries(text.texts)
+        count, rows = queries.shape[1], text.texts * queries.shape[1]
+        x = self._embed(torch.cat((queries.to(words.dtype).flatten(0, 1), words)).unsqueeze(0))
+        call = LayerCall(
+            rows,
+            image_index=image_index,
+            attend=attend_together(text, count),
+            sequences=text.texts,
+            stacks=images.stacks,
+        )
+        hidden, _ = run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call, rows=rows)
+        head = self.retrieval.itm_head
+        return head(hidden[0].unflatten(0, (-1, count)).to(head.weight.dtype)).mean(dim=1)
 
     # The objectives.
 
-    def _similarity(self, queries: Tensor, text: Tensor) -> Tensor:
-        """Cosine of every image's best query and every text, [I, B]."""
+    def _similarities(self, queries: Tensor, text: Tensor, across: bool = False) -> tuple[Tensor, Tensor]:
+        """`similarities` of queries [I, Lq, D] and texts [B, D], projected."""
         project = self.retrieval.vision_projection, self.retrieval.text_projection
         image = F.normalize(project[0](queries.to(project[0].weight.dtype)), dim=-1)
         text = F.normalize(project[1](text.to(project[1].weight.dtype)), dim=-1)
-        return (image @ text.t()).amax(dim=1)
-
-    def _contrast(self, similarity: Tensor) -> Tensor:
-        scores = similarity / self.temperature
-        target = torch.arange(scores.shape[0], device=scores.device)
-        losses = [F.cross_entropy(s, target, label_smoothing=self.label_smoothing) for s in (scores, scores.t())]
-        return (losses[0] + losses[1]) / 2
-
-    def _draw_negatives(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """For each text a wrong image, for each image a wrong text, [B] each: the more alike, the likelier."""
-        scores = (similarity / self.temperature.detach()).float()
-        scores = scores.masked_fill(torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device), -10000.0)
-        image, text = (torch.multinomial(F.softmax(s, dim=1), 1).squeeze(1) for s in (scores.t(), scores))
-        return image, text
+        return similarities(image, text, across)
 
     def _match_with(
-        self, images: Images, words: Tensor, attention_mask: Tensor, negatives: tuple[Tensor, Tensor]
+        self,
+        images: Images,
+        words: Tensor,
+        text: PackedText,
+        input_ids: Tensor,
+        negatives: tuple[Tensor, Tensor],
+        share: Share,
     ) -> Tensor:
         """Cross entropy over (image, text), (wrong image, text) and (image, wrong text)."""
-        own = torch.arange(words.shape[0], device=words.device)
+        own = torch.arange(text.texts, device=words.device)
         wrong_image, wrong_text = negatives
+        everybody = own + share.start
+        right = torch.cat((everybody, wrong_image, everybody)) == torch.cat((everybody, everybody, wrong_text))
+        if share.processes > 1:
+            images, wrong_image = self._with_others_images(images, wrong_image, share)
+            words, text, wrong_text = self._with_others_texts(words, text, input_ids, wrong_text, share)
         image_index, text_index = torch.cat((own, wrong_image, own)), torch.cat((own, own, wrong_text))
         # Neighbours whose texts are equally long have one mask, and the reference attention takes them together.
-        order = attention_mask.sum(dim=1)[text_index].argsort(stable=True)
-        image_index, text_index = image_index[order], text_index[order]
-        scores = self._match(images, words[text_index], attention_mask[text_index], image_index)
-        return F.cross_entropy(scores, (image_index == text_index).long())
+        order = text.mask.sum(dim=1)[text_index].argsort(stable=True)
+        chosen, rows = text.chosen(text_index[order])
+        scores = self._match(images, words.index_select(0, rows), chosen, image_index[order])
+        return F.cross_entropy(scores, right[order].long())
 
-    def _generate_loss(self, past: Sequence[Tensor], words: Tensor, labels: Tensor, stacks: Stacks | None) -> Tensor:
-        """Cross entropy of the labels [B, T], over the rows of words [B, T, D] that have one."""
-        hidden = self._generation_pass(past, words, stacks)
-        supervised = labels != IGNORED
-        scores = self.lm_head(hidden[supervised], self.retrieval.embeddings.word_embeddings.weight)
-        return F.cross_entropy(scores, labels[supervised], label_smoothing=self.label_smoothing)
+    def _with_others_images(self, images: Images, wrong: Tensor, share: Share) -> tuple[Images, Tensor]:
+        """These images and after them those of other processes that are among `wrong` [B], and where `wrong` then are."""
+        features = gathered(images.features)
+        foreign = wrong[(wrong < share.start) | (wrong >= share.start + share.pairs)].unique()
+        if not foreign.shape[0] and features.requires_grad:
+            # Backward, too, is a collective: each process has to come by.
+            foreign = wrong.new_tensor([(share.start + share.pairs) % features.shape[0]])
+        place = torch.where(
+            torch.isin(wrong, foreign),
+            torch.searchsorted(foreign, wrong) + share.pairs,
+            wrong - share.start,
+        )
+        if not foreign.shape[0]:
+            return images, place
+        others = self._images(None, features.index_select(0, foreign), images.stacks)
+        keys_values = [
+            None if a is None or b is None else torch.cat((a, b))
+            for a, b in zip(images.keys_values, others.keys_values, strict=True)
+        ]
+        return Images(torch.cat((images.features, others.features)), keys_values, False, images.stacks), place
+
+    def _with_others_texts(
+        self, words: Tensor, text: PackedText, input_ids: Tensor, wrong: Tensor, share: Share
+    ) -> tuple[Tensor, PackedText, Tensor]:
+        """The words, these texts and after them those of all processes that are `wrong` [B], and where `wrong` then are."""
+        ids_and_mask = F.pad(
+            torch.stack((input_ids, text.mask.to(input_ids.dtype))), (0, share.length - input_ids.shape[1])
+        )
+        ids, mask = gathered(ids_and_mask.transpose(0, 1))[wrong].unbind(1)
+        others = PackedText.of(mask)
+        place = torch.arange(text.texts, text.texts + others.texts, device=wrong.device)
+        return torch.cat((words, self._look_up(ids, others))), text.beside(others), place
+
+    def _caption_loss(self, rows: Tensor, labels: Tensor, share: Share) -> Tensor:
+        """Cross entropy of the labels [N] for the rows [N, D], averaged over the tokens of all processes."""
+        scores = self.lm_head(rows, self.retrieval.embeddings.word_embeddings.weight)
+        if share.processes == 1:
+            return F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing, reduction="sum")
+        return total * (share.processes / share.supervised)
 
     def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         if attention_mask is None or attention_mask.shape != input_ids.shape:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -28,6 +27,9 @@ from transformers import (
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+# transformers 5.17 gives the class at its top only where torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .image_rows import ImageRows
 from .mplug_owl_config import MplugOwlConfig, MplugOwlVisionConfig, MplugOwlVisualAbstractorConfig

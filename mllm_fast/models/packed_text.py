@@ -45,6 +45,21 @@ class PackedText:
         return cls.at(order % texts * length + order // texts, mask)
 
     @classmethod
+    def right_padded(cls, mask: Tensor) -> PackedText:
+        """`of`, for texts whose first token and causal order matter.
+
+        Raises:
+            ValueError: a text that does not begin with a token, or has one after padding.
+        """
+        tokens = mask.bool()
+        if bool((~tokens[:, 0]).any() | (tokens[:, 1:] & ~tokens[:, :-1]).any()):
+            raise ValueError(
+                "attention_mask has padding before a token; pad texts on the right (padding_side='right' in the tokenizer), "
+                "at least one token each"
+            )
+        return cls.of(tokens)
+
+    @classmethod
     def at(cls, places: Tensor, mask: Tensor) -> PackedText:
         """Tokens that are packed in the order of their places."""
         rows = torch.arange(places.shape[0], device=places.device)
@@ -140,9 +155,7 @@ def attend_apart(queries: int, text: PackedText, captions: PackedText | None = N
     sizes = [queries, 0 if captions is None else captions.tokens]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-        (q0, q1, q2), (k0, k1, k2), (v0, v1, v2) = (
-            x[0].split([*sizes, x.shape[1] - sum(sizes)]) for x in (q, k, v)
-        )
+        (q0, q1, q2), (k0, k1, k2), (v0, v1, v2) = (x[0].split([*sizes, x.shape[1] - sum(sizes)]) for x in (q, k, v))
         outputs: list[Tensor] = []
         if queries:
             q0, k0, v0 = (x.unflatten(0, (text.texts, -1)) for x in (q0, k0, v0))

@@ -84,7 +84,7 @@ class LayerCall:
         rows: how many rows of each sequence to return; None is all of them. Those left out are still keys and values.
         keep: return the self-attention's keys and values too.
         attend: takes the place of the self-attention's core: queries, keys and values [B, S, heads, head_dim] and dropout
-            to [B, rows, heads, head_dim]. For keys that are cached.
+            to [B, rows, heads, head_dim]. For keys that are cached, and for sequences without padding.
         sequences: so many sequences' queries lie one after another in each batch row, and read an image each, `image_index`
             [sequences]; their self-attention is for `attend` to know. None: a batch row is a sequence.
         stacks: stacked weights that several passes of one step share; None: each call makes or finds its own.

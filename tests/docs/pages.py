@@ -20,7 +20,12 @@ LANGUAGES = ("python", "bash", "text", "yaml", "toml")
 # A block that is not run says why in a comment right before it, which a rendered page does not show.
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+) -->$")
 # Commands that take a moment and write nothing: they are run. All others are parsed, and what they name must exist.
-RUN = (("mllm-fast", "info"), ("mllm-fast", "--version"), ("mllm-fast", "bench", "--list"), ("mllm-fast", "bench", "--compare"))
+RUN = (
+    ("mllm-fast", "info"),
+    ("mllm-fast", "--version"),
+    ("mllm-fast", "bench", "--list"),
+    ("mllm-fast", "bench", "--compare"),
+)
 
 
 @dataclass(frozen=True)

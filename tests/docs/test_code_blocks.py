@@ -16,7 +16,7 @@ from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, check_command
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page one after another, in one namespace that its preamble prepares, in an empty folder."""
-    namespace = preambles.namespace(page.stem, tmp_path)
+    namespace = preambles.namespace(page.relative_to(ROOT).as_posix(), tmp_path)
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{page.name}:{block.line}: {block.language!r} is none of {LANGUAGES}"

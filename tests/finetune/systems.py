@@ -30,7 +30,14 @@ from tests.models import flamingo_models, minigpt4_models, mplug_owl_models
 CAPTIONS = ("a picture of this?", "the image.", "what is the picture of the image.")
 PROMPTS = (None, "describe the image.", "")
 _FLAMINGO_IMAGE = 5
-_BERT = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[DEC]", *"a picture of this ? the image . what is describe".split())
+_BERT = (
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "[DEC]",
+    *["a", "picture", "of", "this", "?", "the", "image", ".", "what", "is", "describe"],
+)
 
 
 def picture(seed: int) -> Image.Image:

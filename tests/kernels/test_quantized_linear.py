@@ -45,7 +45,7 @@ def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "PANEL", 2048)
     monkeypatch.setattr(reference, "LEAST_PANEL", 512)
     monkeypatch.setattr(decode, "STEP", 384)
-    monkeypatch.setattr(reference, "FEW_ROWS", (8, 8))
+    monkeypatch.setattr(reference, "FEW_ROWS", 8)
 
 
 class TestDequantize:

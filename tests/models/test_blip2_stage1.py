@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm_fast.models.blip2_stage1 import Blip2Stage1
+from mllm_fast.models.contrast import hard_negatives
 from mllm_fast.models.lavis_checkpoint import LavisMismatchError, load_lavis
 from tests.families.builders import randomise
 from tests.families.instruments import Recorder, assert_same, assert_within_twice, recording
@@ -221,18 +222,6 @@ def test_generated_text_equals_generate_over_explicit_joint_passes(how: dict[str
         assert torch.equal(ours, theirs), (ours, theirs)
 
 
-def test_generation_reuses_what_contrast_made() -> None:
-    """S7 of the design: the cached pass equals the joint one, for text of any length."""
-    model, upstream = (m.double() for m in stage1())
-    given = batch()
-    reference = Reference(upstream, model)
-    image = model.encode_images(given["pixel_values"])
-    _, past = model._query_pass(model._images(None, image), keep=True)
-    hidden = model._generation_pass(past, model.retrieval.embeddings(input_ids=given["input_ids"]))
-    scores = model.lm_head(hidden, reference.words())
-    torch.testing.assert_close(scores, reference.joint(given["input_ids"], image), rtol=0, atol=1e-10)
-
-
 def recorded(model: Blip2Stage1, **more: Any) -> Recorder:
     given = batch()
     with recording() as record:
@@ -262,11 +251,13 @@ def test_a_step_computes_only_rows_that_somebody_reads() -> None:
     model, _ = stage1()
     second = [g for g in recorded(model, negatives=NEGATIVES).gemms if g.k == FFN]
     full = LAYERS - 1
-    queries, text = PAIRS * QUERIES, PAIRS * LENGTH
+    lengths = batch()["attention_mask"].sum(1)
+    queries, text, read = PAIRS * QUERIES, int(lengths.sum()), int(lengths[NEGATIVES[1]].sum())
+    assert text < PAIRS * LENGTH
     rows = LAYERS * queries  # contrast: queries
     rows += full * text + PAIRS  # contrast: text, of which the last layer computes the first row
-    rows += LAYERS * 3 * queries + full * 3 * text  # matching: no text in the last layer
-    rows += LAYERS * PAIRS * (LENGTH - 1)  # generation: no queries, and the last token predicts nothing
+    rows += LAYERS * 3 * queries + full * (2 * text + read)  # matching: no text in the last layer
+    rows += LAYERS * (text - PAIRS)  # generation: no queries, and the last token predicts nothing
     assert sum(g.m for g in second) == rows
 
 
@@ -283,8 +274,8 @@ def test_generation_reads_the_image_once_and_one_text_row_a_step() -> None:
 
 def test_negatives_are_drawn_among_the_others_and_the_more_alike_the_likelier() -> None:
     model, _ = stage1()
-    similarity = torch.tensor([[0.9, 0.5, -0.9], [0.1, 0.9, 0.1], [-0.9, 0.7, 0.9]])
-    drawn = [model._draw_negatives(similarity) for _ in range(50)]
+    scores = torch.tensor([[0.9, 0.5, -0.9], [0.1, 0.9, 0.1], [-0.9, 0.7, 0.9]]) / model.temperature
+    drawn = [hard_negatives((scores, scores.t()), 0) for _ in range(50)]
     image, text = (torch.stack(part) for part in zip(*drawn, strict=True))
     assert not (image == torch.arange(3)).any()
     assert not (text == torch.arange(3)).any()
@@ -393,7 +384,10 @@ def test_bad_input() -> None:
         model(given["input_ids"], None, given["pixel_values"])
     with pytest.raises(ValueError, match="got 3 images and 2 texts"):
         model(given["input_ids"][:2], given["attention_mask"][:2], given["pixel_values"])
-    with pytest.raises(ValueError, match="at least two pairs"):
+    left = given | {"attention_mask": given["attention_mask"].flip(1)}
+    with pytest.raises(ValueError, match="pad texts on the right"):
+        model(**left)
+    with pytest.raises(ValueError, match="at least two"):
         model(**{name: value[:1] for name, value in given.items()})
     with pytest.raises(ValueError, match="either pixel_values or features"):
         model.match(given["input_ids"], given["attention_mask"])

@@ -226,7 +226,7 @@ def cross_entropies(draw: st.DrawFn) -> Call:
     """The head is fixed and holds numbers that every dtype has: only the hidden states get a gradient."""
     rows, classes, width = draw(leading), draw(st.sampled_from([1, 2, 37])), draw(st.sampled_from([1, 7, 16]))
     supervised = draw(st.sampled_from([0.0, 0.4, 1.0]))
-    options = {
+    options: dict[str, Any] = {
         "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
         "reduction": "sum" if supervised < 1 or 0 in rows else draw(st.sampled_from(["sum", "mean"])),
     }

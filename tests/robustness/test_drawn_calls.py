@@ -22,7 +22,7 @@ PARTS = {"stack_weights", "normalize"}
 
 
 @pytest.mark.parametrize("name", CALLS)
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_exact_in_fp64(name: str, data: st.DataObject) -> None:
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def test_exact_in_fp64(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CALLS)
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_as_precise_as_the_peer(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     torch.manual_seed(0)

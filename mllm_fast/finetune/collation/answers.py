@@ -50,15 +50,20 @@ class CaptionCollator:
 
     def prompts(self, samples: Sequence[Sample]) -> list[str]:
         """The texts before the captions."""
-        texts = []
+        texts, image_token = [], _image_token(self.processor)
         for sample in samples:
+            if image_token in f"{sample.prompt}{sample.caption}":
+                raise DataError(
+                    f"the text of a sample ({sample.caption!r}) holds {image_token}; leave it out: pictures come first, and "
+                    "their places are put in here"
+                )
             if self.model_type in _ONE_IMAGE and len(sample.images) != 1:
                 raise DataError(
                     f"a sample ({sample.caption!r}) has {len(sample.images)} pictures; {self.model_type} reads one a caption"
                 )
             asked = self.prompt if sample.prompt is None else sample.prompt
             if self.plain:
-                texts.append("".join([_image_token(self.processor)] * len(sample.images) + [asked]))
+                texts.append(image_token * len(sample.images) + asked)
             else:
                 texts.append(written_prompt(self.processor, self.model_type, len(sample.images), asked) or "")
         return texts
@@ -73,8 +78,10 @@ class CaptionCollator:
             given = self.processor(text=rows, padding=True, return_tensors="pt")
         else:
             given = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+        # Where all texts are empty, their ids are an empty tensor of floats.
+        texts = ("_ids", "_mask")
         return {
-            name: value.to(self.dtype) if value.is_floating_point() else value
+            name: value.long() if name.endswith(texts) else value.to(self.dtype)
             for name, value in dict(given).items()
             if isinstance(value, Tensor)
         }

@@ -1,0 +1,31 @@
+"""Every drop-in in fp64 against upstream, on drawn sizes, masks and options: outputs and all gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mllm_fast
+from tests.families.instruments import assert_same
+from tests.robustness.drawn_models import MODELS
+
+# A model with a language model takes longer than a block.
+EXAMPLES = {name: 20 if "of " in name or name == "blip text" else 8 for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_as_upstream(name: str) -> None:
+    @settings(max_examples=EXAMPLES[name])
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        torch.manual_seed(0)
+        drawn = data.draw(MODELS[name])
+        fused = copy.deepcopy(drawn.model)
+        mllm_fast.fuse(fused, level=data.draw(st.sampled_from([0, 1, 2]), label="level"))
+        assert_same(drawn.results(fused), drawn.results(drawn.model), tolerance=1e-9)
+
+    check()
