@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ PAGE = Path(__file__).with_name("api.md")
 
 HEAD = """# API reference
 
-Made from the docstrings by `docs/generate_api.py`; do not edit. Shapes are written `[batch, length, heads, head_dim]`, and `[..., D]` is
-any number of leading dimensions.
+Made from the docstrings by `docs/generate_api.py`; do not edit. Shapes are written `[batch, length, heads, head_dim]`, and
+`[..., D]` has any number of leading dimensions.
 """
 
 
@@ -40,6 +41,17 @@ SECTIONS = (
     Section("What can be fused", "mllm_fast.families", ("Entry", "CannotFuseError", "find")),
     Section("Backends", "mllm_fast.kernels.runtime", ("explain", "BackendUnavailableError", "UnknownBackendError")),
 )
+
+
+def undocumented() -> list[str]:
+    """Public names without a docstring."""
+    found = [(section.module, name) for section in SECTIONS for name in _names(section)]
+    values = [(module, name, getattr(importlib.import_module(module), name)) for module, name in found]
+    return [
+        f"{module}.{name}"
+        for module, name, value in values
+        if (inspect.isclass(value) or inspect.isroutine(value)) and not documentation(value)
+    ]
 
 
 def text() -> str:
@@ -113,11 +125,16 @@ def _signature(value: Any) -> str:
 
 
 def _block(head: str, value: Any) -> str:
-    doc = inspect.getdoc(value) or ""
-    if inspect.isclass(value) and doc.startswith(f"{value.__name__}("):
-        doc = ""  # what dataclasses write where there is no docstring
-    lines = [head, *(f"    {line}".rstrip() for line in doc.splitlines())]
+    doc = documentation(value)
+    lines = [*textwrap.wrap(head, 120, subsequent_indent=" " * 8, break_on_hyphens=False)]
+    lines += [f"    {line}".rstrip() for line in doc.splitlines()]
     return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def documentation(value: Any) -> str:
+    """The docstring that somebody wrote, or ""."""
+    doc = inspect.getdoc(value) or ""
+    return "" if inspect.isclass(value) and doc.startswith(f"{value.__name__}(") else doc  # a dataclass writes its own
 
 
 def _anchor(title: str) -> str:

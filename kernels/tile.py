@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
 
 def split_width(width: int) -> tuple[int, int]:
     """(first, second) block widths that cover `width`: powers of two of at least 16, second 0 where one block will do.
@@ -21,6 +18,19 @@ def split_width(width: int) -> tuple[int, int]:
         return first, 0
     second = max(16, 1 << (width - first - 1).bit_length())
     return (2 * first, 0) if second >= first else (first, second)
+
+
+# Constants stand in functions: Triton compares the global variables that a kernel reads with what they were, at every launch.
+@triton.jit
+def to_base_2(x):
+    """x * log2(e): exp(x) = exp2(to_base_2(x))."""
+    return x * 1.4426950408889634
+
+
+@triton.jit
+def to_base_e(x):
+    """x * ln(2), the reverse."""
+    return x * 0.6931471805599453
 
 
 @triton.jit
@@ -92,13 +102,13 @@ def kept(seed, dropout_p, o_first, o_second):
 @triton.jit
 def sigmoid(b_x):
     """1 / (1 + exp(-x)) in fp32."""
-    return 1.0 / (1.0 + tl.exp2(b_x * -LOG2E))
+    return 1.0 / (1.0 + tl.exp2(to_base_2(-b_x)))
 
 
 @triton.jit
 def tanh(b_x):
     """The hyperbolic tangent in fp32, also near 0 accurate to a few units in the last place."""
-    b_e = tl.exp2(tl.abs(b_x) * (-2.0 * LOG2E))
+    b_e = tl.exp2(to_base_2(-2.0 * tl.abs(b_x)))
     b_far = (1.0 - b_e) / (1.0 + b_e)
     b_far = tl.where(b_x < 0.0, -b_far, b_far)
     # Near 0 the difference above cancels; the series errs by less than 1e-8 below 0.25.
@@ -138,7 +148,7 @@ def _relu(b_x):
 def activation_gradient(b_x, ACTIVATION: tl.constexpr):
     """The derivative of `activate` at x, in fp32."""
     if ACTIVATION == "gelu" or ACTIVATION == "geglu":
-        b_density = 0.3989422804014327 * tl.exp2(b_x * b_x * (-0.5 * LOG2E))
+        b_density = 0.3989422804014327 * tl.exp2(to_base_2(-0.5 * b_x * b_x))
         b_d = 0.5 * (1.0 + tl.erf(b_x * 0.7071067811865476)) + b_x * b_density
     elif ACTIVATION == "gelu_tanh":
         b_inner = 1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x)

@@ -110,8 +110,8 @@ def fuse(
     Args:
         model: a model of a supported family, or a bare block or resampler of one, on any device and in any dtype, with
             PEFT, bitsandbytes, accelerate or hooks around its parts: a wrapped child is called and fused around.
-        level: 0 uses the fused ops only; 1 also computes once what upstream repeats (exact up to rounding order); 2
-            also folds weights where that changes rounding in half precision.
+        level: 0 uses the fused ops only; 1 also computes once what upstream repeats (exact up to rounding order); 2 is
+            for folds that change rounding in half precision, of which there is none yet: it does what 1 does.
         fixes: names of upstream bugs to mend, one name, several, or "all"; by default they are reproduced. See
             `mllm_fast.families.FIXES`.
         prepack: for CPU inference, keep a second copy of the blocks' weights in oneDNN's blocked layout. A decode step

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tile import LOG2E, kept, load_rows, lowest_bit, store_rows
+from ..tile import kept, load_rows, lowest_bit, store_rows, to_base_2
 from .triton_mask import UNSPECIALIZED, packed_rows, row_ends, row_words, sees_image, tiles_of_image, uniform_rows
 
 
@@ -90,7 +90,7 @@ def _step(
     o_q = o_b * s_qb + o_i * s_ql + o_qh
     o_grad = o_b * s_gb + o_i * s_gl + o_gh
     o_row = (o_b * queries + o_i) * (key_heads * group) + o_h
-    b_lse = tl.load(LSE + o_row, mask=m_r, other=float("-inf")) * LOG2E  # [BM]
+    b_lse = to_base_2(tl.load(LSE + o_row, mask=m_r, other=float("-inf")))  # [BM]
     b_delta = tl.load(DELTA + o_row, mask=m_r, other=0.0)
     # Rows that see nothing are not read: what they hold must not reach a gradient, NaN included.
     m_r = m_r & (b_lse > float("-inf"))
@@ -229,7 +229,7 @@ def attention_keys(
         b_v1 = load_rows(p_v, o_key * s_vl, m_n, D0, D1, D)
         b_dk1 = tl.zeros([BN, D1], tl.float32)
         b_dv1 = tl.zeros([BN, D1], tl.float32)
-    scale2 = scale * LOG2E
+    scale2 = to_base_2(scale)
 
     if ROWS is not None:
         i_first = tl.load(ROW_STARTS + i_kv)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tile import LN2, LOG2E, kept, load_rows, lowest_bit, store_rows
+from ..tile import kept, load_rows, lowest_bit, store_rows, to_base_2, to_base_e
 from .triton_mask import UNSPECIALIZED, any_row, packed_rows, row_ends, row_words, sees_image, uniform_rows
 
 
@@ -207,7 +207,7 @@ def attention_rows(
         b_g0 = load_rows(GRAD, o_grad, m_r, 0, D0, D)  # [BM, D0]
         if D1 > 0:
             b_g1 = load_rows(GRAD, o_grad, m_r, D0, D1, D)
-        b_m = tl.load(LSE + o_row, mask=m_r, other=0.0) * LOG2E
+        b_m = to_base_2(tl.load(LSE + o_row, mask=m_r, other=0.0))
         b_m = tl.where(b_m == float("-inf"), 0.0, b_m)  # of rows that see nothing, whose P is masked
         b_l = tl.sum(load_rows(OUT, o_row * D, m_r, 0, D0, D).to(tl.float32) * b_g0.to(tl.float32), 1)
         if D1 > 0:
@@ -221,7 +221,7 @@ def attention_rows(
     if D1 > 0:
         b_x1 = tl.zeros([BM, D1], tl.float32)
 
-    scale2 = scale * LOG2E
+    scale2 = to_base_2(scale)
     p_k = K + i_kv * s_kb + i_kh
     p_v = V + i_kv * s_vb + i_vh
     b_end = row_ends(KEY_LENGTHS, o_b, o_i, m_r, queries, keys, prefix, CAUSAL)  # [BM]
@@ -349,7 +349,7 @@ def attention_rows(
             b_x1 = b_x1 * b_norm[:, None]
         o_out = o_row + i_split.to(tl.int64) * batch * queries * heads
         # The maximum of a row that sees nothing is still -inf.
-        tl.store(LSE + o_out, (b_m + tl.log2(b_sum)) * LN2, mask=m_r)
+        tl.store(LSE + o_out, to_base_e(b_m + tl.log2(b_sum)), mask=m_r)
     store_rows(X, o_out * D, m_r, b_x0, 0, D0, D)
     if D1 > 0:
         store_rows(X, o_out * D, m_r, b_x1, D0, D1, D)
@@ -363,7 +363,7 @@ def attention_combine(PARTS, PART_LSE, OUT, LSE, rows, SPLITS: tl.constexpr, D: 
     b_lse = tl.load(PART_LSE + o_s.to(tl.int64) * rows + i_row)  # [SPLITS]
     top = tl.max(b_lse, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    b_weight = tl.exp2((b_lse - top) * LOG2E)
+    b_weight = tl.exp2(to_base_2(b_lse - top))
     total = tl.sum(b_weight, 0)
     m_s = b_weight > 0.0
     b_parts = load_rows(PARTS, (o_s.to(tl.int64) * rows + i_row) * D, m_s, 0, BD, D)  # [SPLITS, BD]
@@ -371,5 +371,5 @@ def attention_combine(PARTS, PART_LSE, OUT, LSE, rows, SPLITS: tl.constexpr, D: 
     b_out = b_out / tl.where(total == 0.0, 1.0, total)
     o_d = tl.arange(0, BD)
     tl.store(OUT + i_row * D + o_d, b_out.to(OUT.dtype.element_ty), mask=o_d < D)
-    lse = top + tl.log2(tl.where(total == 0.0, 1.0, total)) * LN2
+    lse = top + to_base_e(tl.log2(tl.where(total == 0.0, 1.0, total)))
     tl.store(LSE + i_row, tl.where(total == 0.0, float("-inf"), lse))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..target import on_device
-from ..tile import LN2, LOG2E, tanh
+from ..tile import tanh, to_base_2, to_base_e
 
 # Elements of a row at a time. A row is read twice, the second time from the L2 cache.
 BLOCK = 4096
@@ -46,7 +46,7 @@ def cross_entropy_rows(
         b_z, _ = _capped(b_x, softcap, SOFTCAP)
         if SMOOTHING:
             b_total += tl.where(m_v, b_z, 0.0)
-        b_z = tl.where(m_v, b_z * LOG2E, float("-inf"))
+        b_z = tl.where(m_v, to_base_2(b_z), float("-inf"))
         b_new = tl.maximum(b_max, b_z)
         # A lane that has seen nothing keeps -inf, and -inf - -inf must not become NaN.
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -55,7 +55,7 @@ def cross_entropy_rows(
     top = tl.max(b_max, 0)
     lse = top + tl.log2(tl.sum(b_sum * tl.exp2(b_max - top), 0))  # in base 2
     picked, _ = _capped(tl.load(p_row + target).to(tl.float32), softcap, SOFTCAP)
-    loss = lse * LN2 - picked
+    loss = to_base_e(lse) - picked
     if SMOOTHING:
         loss += label_smoothing * (picked - tl.sum(b_total, 0) / size)
     tl.store(p_losses + i_row, loss)
@@ -66,7 +66,7 @@ def cross_entropy_rows(
             m_v = v + o_v < size
             b_x = tl.load(p_row + v + o_v, mask=m_v, other=0.0).to(tl.float32)
             b_z, b_slope = _capped(b_x, softcap, SOFTCAP)
-            b_d = tl.exp2(b_z * LOG2E - lse) - label_smoothing / size
+            b_d = tl.exp2(to_base_2(b_z) - lse) - label_smoothing / size
             b_d = tl.where(v + o_v == target, b_d - (1.0 - label_smoothing), b_d) * b_slope
             tl.store(p_row + v + o_v, b_d.to(p_logits.dtype.element_ty), mask=m_v)
 

@@ -71,8 +71,9 @@ def backward(
     b: Tensor | None,
     down: Tensor | None,
     needs: tuple[bool, bool, bool],
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, a and b, those that are needed."""
+    """The gradients of x, a and b, those that are needed; that of x is added to `into` where it is given."""
     module = _module(settings)
     need_x, need_a, need_b = needs
     dx = da = db = term = None
@@ -86,8 +87,11 @@ def backward(
             if need_a:
                 assert x is not None
                 da = back.mT @ module.dropout(x, settings.dropout_p, settings.seed).to(a.dtype)
-    if need_x:
+    if need_x and into is not None and module is reference:
+        dx = reference.input_gradient(grad, weight, term, into)
+    elif need_x:
         dx = module.input_gradient(grad, weight, term)
+        dx = dx if into is None else into.add_(dx)
     return dx, da, db
 
 

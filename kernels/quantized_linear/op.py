@@ -36,7 +36,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """
     if dtype not in _FLOATS:
         raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, _FLOATS))}")
-    if _implementation(weight.device.type, dtype) == "torch":
+    if implementation(weight.device.type, dtype) == "torch":
         return reference.dequantize(weight, dtype)
     from . import triton_launch
 
@@ -94,7 +94,7 @@ def quantized_linear(
         a, b = (None if t is None else t.to(dtype) for t in (a, b))
     p = 0.0 if lora is None else lora.dropout_p
     settings = autograd.Settings(
-        _implementation(device_type, x.dtype),
+        implementation(device_type, x.dtype),
         threshold if outliers is not None else None,
         1.0 if lora is None else lora.scaling,
         p,
@@ -117,7 +117,7 @@ def _drawn(seed: int | None) -> int:
     return int(torch.randint(_SEEDS, ()).item()) if seed is None else seed
 
 
-def _implementation(device_type: str, dtype: torch.dtype) -> str:
+def implementation(device_type: str, dtype: torch.dtype) -> str:
     """ "torch" or "triton", by the backend in force, the device and what the kernels can serve.
 
     Raises:

@@ -85,9 +85,8 @@ class Evaluation:
             try:
                 found = {} if self.dataset is None else self._loss()
                 if self.evaluate is not None:
-                    found |= self.processes.agree_all(
-                        {name: float(value) for name, value in self.evaluate(model).items()}
-                    )
+                    numbers = {name: float(value) for name, value in self.evaluate(model).items()}
+                    found |= self.processes.agree(lambda: numbers)
             finally:
                 for module, training in modes:
                     module.training = training

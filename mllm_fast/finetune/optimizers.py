@@ -111,9 +111,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
-) -> dict[str, dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
     """The state of every trained parameter, by its name, whole and on the CPU."""
     return {
         name: {

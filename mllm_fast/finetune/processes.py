@@ -111,10 +111,6 @@ class Processes:
         result: T = outcome[0]
         return result
 
-    def agree_all(self, value: T) -> T:
-        """The first process's value, which every process has to have computed (sharded models run in all of them)."""
-        return self.agree(lambda: value)
-
     def wrap(self, module: LossModule, parallel: Parallel) -> nn.Module:
         """`module` as several processes train it: by DDP, or, once `shard` was called, as it is.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -102,11 +102,6 @@ class TrainingSettings:
     def fixed(self) -> dict[str, Any]:
         """What a resumed run may not change."""
         return {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """The names of all settings."""
-        return [f.name for f in fields(cls)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Options:
 
     Attributes:
         level: 0 uses the kernels only, 1 also computes once what upstream computes again and again (exact up to the
-            order of rounding), 2 also folds weights where that changes rounding in half precision.
+            order of rounding), 2 is for folds that change rounding in half precision (none yet).
         fixes: names of the upstream bugs that are mended instead of reproduced.
         prepack: keep a second copy of the weights in oneDNN's layout for CPU inference.
         cuda_graphs: capture the encoder side per shape of its inputs, and replay it.

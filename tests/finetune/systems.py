@@ -31,13 +31,9 @@ CAPTIONS = ("a picture of this?", "the image.", "what is the picture of the imag
 PROMPTS = (None, "describe the image.", "")
 _FLAMINGO_IMAGE = 5
 _BERT = (
-    "[PAD]",
-    "[CLS]",
-    "[SEP]",
-    "[UNK]",
-    "[DEC]",
-    *["a", "picture", "of", "this", "?", "the", "image", ".", "what", "is", "describe"],
-)
+    "[PAD]", "[CLS]", "[SEP]", "[UNK]", "[DEC]", "a", "picture", "of", "this", "?", "the", "image", ".", "what", "is",
+    "describe",
+)  # fmt: skip
 
 
 def picture(seed: int) -> Image.Image:

@@ -17,7 +17,8 @@ from tests.families import builders, qformers
 from tests.finetune.every_system import SYSTEMS, built
 
 _QFORMER = r"qformer\..*|query_tokens|language_projection\..*|vision_model\.post_layernorm\..*"
-_RETRIEVAL = r"qformer\..*|query_tokens|embeddings\..*|(vision|text)_projection\..*|itm_head\..*|vision_model\.post_layernorm\..*"
+_HEADS = r"(vision|text)_projection\..*|itm_head\..*"
+_RETRIEVAL = rf"qformer\..*|query_tokens|embeddings\..*|{_HEADS}|vision_model\.post_layernorm\..*"
 
 # What each part trains, by patterns over the whole names of the parameters, written down without the recipes.
 TRAINED: dict[str, dict[str, str]] = {

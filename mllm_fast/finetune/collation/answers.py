@@ -77,7 +77,10 @@ class CaptionCollator:
             rows = [[*own, prompt] for own, prompt in zip(pictures, prompts, strict=True)]
             given = self.processor(text=rows, padding=True, return_tensors="pt")
         else:
-            given = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+            # On the left, padding would move what an encoder with positions of its own reads (T5, a Q-Former).
+            given = self.processor(
+                images=pictures, text=prompts, padding=True, padding_side="right", return_tensors="pt"
+            )
         # Where all texts are empty, their ids are an empty tensor of floats.
         texts = ("_ids", "_mask")
         return {
