@@ -104,6 +104,7 @@ def fuse(
     fixes: str | Iterable[str] = (),
     prepack: bool = False,
     cuda_graphs: bool = False,
+    training: bool = False,
 ) -> FuseReport:
     """Let every module that mllm_fast knows run its drop-in, in place.
 
@@ -120,6 +121,8 @@ def fuse(
         cuda_graphs: for GPU inference, capture the encoder side (vision encoder, resampler or Q-Former, projector) as a
             CUDA graph the second time a shape of its inputs is met, and replay it from then on. Up to
             `mllm_fast.modules.graphs.MAX_BUCKETS` shapes a module are kept, each with the memory of its intermediates.
+        training: also swap what is for training alone: decoder layers through which something is trained keep the least
+            for backward. Without a gradient they do what they did.
 
     Returns:
         A report of what was swapped and what was left alone. A model that is fused already is left as it is.
@@ -142,7 +145,7 @@ def fuse(
             report.left_alone.append(LeftAloneRow(paths, _name(type(module)), reason))
             continue
         entry = find(module)
-        if entry is None or (entry.graphs == "only" and not cuda_graphs):
+        if entry is None or (entry.graphs == "only" and not cuda_graphs) or (entry.training and not training):
             continue
         was = _name(type(module))
         if level < entry.min_level:
@@ -252,7 +255,7 @@ def _runs(op: str, device: torch.device, dtype: torch.dtype | None) -> str:
 
 
 def _called_children(module: nn.Module, path: str, entry: Entry) -> list[LeftAloneRow]:
-    if not entry.ops:
+    if not entry.ops or entry.training:  # which reads wrapped children, too
         return []
     rows: list[LeftAloneRow] = []
     wrapped: list[str] = []

@@ -31,6 +31,7 @@ class Entry:
         ops: the public ops its forward runs.
         min_level: the fuse level from which the class is swapped.
         graphs: whether its runs may be captured as CUDA graphs; "only": that is all the drop-in is for.
+        training: the drop-in is for training alone: `fuse(model, training=True)`.
 
     An entry without ops is a wrapper: its forward prepares and calls `super().forward`, so that a subclass may have a
     forward of its own.
@@ -42,6 +43,7 @@ class Entry:
     ops: tuple[str, ...]
     min_level: int = 0
     graphs: Literal["no", "yes", "only"] = "no"
+    training: bool = False
 
     def load(self) -> type[nn.Module]:
         return getattr(importlib.import_module(f"mllm_fast.families.{self.family}"), self.dropin)
@@ -228,6 +230,21 @@ _ENTRIES = (
     Entry("bitsandbytes.nn.modules.Linear8bitLt", "bitsandbytes", "FusedLinear8bitLt", ("quantized_linear",)),
     Entry("peft.tuners.lora.bnb.Linear4bit", "peft", "FusedLoraLinear4bit", ("quantized_linear",)),
     Entry("peft.tuners.lora.bnb.Linear8bitLt", "peft", "FusedLoraLinear8bitLt", ("quantized_linear",)),
+    *(
+        Entry(
+            f"transformers.models.{path}DecoderLayer",
+            "decoder_layers",
+            f"Fused{name}DecoderLayer",
+            ("rms_norm", "quantized_linear"),
+            training=True,
+        )
+        for path, name in (
+            ("llama.modeling_llama.Llama", "Llama"),
+            ("mistral.modeling_mistral.Mistral", "Mistral"),
+            ("qwen2.modeling_qwen2.Qwen2", "Qwen2"),
+            ("idefics.modeling_idefics.Idefics", "Idefics"),
+        )
+    ),
 )
 REGISTRY = {entry.upstream: entry for entry in _ENTRIES}
 

@@ -27,6 +27,8 @@ from . import CannotFuseError, named_like_upstream, state_of
 from ._ahead import KEYS_VALUES, project_ahead, taken
 from ._transformers import activation_name, model_dropin
 
+children.LINEAR_HEADS["IdeficsDecoupledLinear"] = lambda head: head.out_additional_features == 0
+
 # The keyword by which a fused IdeficsModel hands its layers the [batch, length, images] mask it was given.
 MEDIA_MASK = "mllm_fast_media_mask"
 # Inputs of `generate` that hold one row per sample and need no copies for beams.

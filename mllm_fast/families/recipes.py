@@ -173,7 +173,7 @@ RECIPES: Mapping[str, Recipe] = {
             "bridge": ("model.gated_cross_attn_layers", "model.perceiver_resampler?"),
             "embeddings": ("model.embed_tokens.additional_embedding?", "lm_head.additional_fc?"),
             # Its last norm is for an output that nothing reads.
-            "vision": ("model.vision_model.embeddings", "model.vision_model.encoder"),
+            "vision": tuple(f"model.vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder")),
         },
         vision="model.vision_model",
         language_model="model.layers",

@@ -79,11 +79,13 @@ def find_targets(model: nn.Module, roots: Sequence[nn.Module], excluded: Iterabl
         if any(class_path(c) in GATED_LAYERS for c in type(m).__mro__)
         for child in m.modules()
     }
+    adapted = lora_layers(model)  # which stand for the layers inside them
+    outside |= {id(child) for layer in adapted.values() for child in layer.modules() if child is not layer}
     head = _head(model)
     linears = {
         name: module
         for name, module in model.named_modules()
-        if id(module) in inside and id(module) not in outside and _linear(module) and module is not head
+        if id(module) in inside - outside and (name in adapted or _linear(module)) and module is not head
     }
     unmatched = [t for t in lora.targets if t != ALL_LINEAR and not any(_named(name, t) for name in linears)]
     if unmatched or not linears:
@@ -121,7 +123,7 @@ def inject(model: nn.Module, names: Sequence[str], lora: Lora) -> Callable[[], N
     import peft
 
     pattern = "|".join(re.escape(name) for name in names)
-    config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)  # type: ignore[arg-type]
+    config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern)
     kinds = {class_path(c) for name in names for c in type(model.get_submodule(name)).__mro__}
     # PEFT asks the model, not the layer, whether the layer is quantised; transformers alone sets these.
     flags = {

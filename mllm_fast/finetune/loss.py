@@ -119,7 +119,7 @@ def _read(head: nn.Module) -> tuple[Any, Tensor | None]:
     """(weight, bias) of a frozen head that can be read."""
     if isinstance(head.__dict__.get("_mllm_fast"), FrozenLinearState) and not children.hooked(head):
         return head.frozen_weight(), head._parameters.get("bias")
-    if not children.readable_linear(head):
+    if not children.readable_head(head):
         raise HeadHasToBeCalledError(
             f"the head is a {type(head).__name__} with hooks or an adapter around it; use model(**batch).loss"
         )

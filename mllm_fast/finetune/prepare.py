@@ -90,14 +90,14 @@ def prepare_finetuning(
         adapters = lora_parameters(lora_layers(base).values()) if _wants_lora(train) else []
         base.requires_grad_(False)
         wanted = {id(p): trained_dtype for p in [*trained, *adapters]}
-        for path in recipe.fp32:
+        for path in recipe.fp32 if trained_dtype.itemsize < 4 else ():
             wanted |= {id(p): torch.float32 for m in resolve(base, path) for p in _parameters(m) if id(p) in wanted}
         _cast(base, wanted, before)
         for p in (*trained, *adapters):
             p.requires_grad_(True)
         _keep_in_evaluation(base, recipe)
         with contextlib.suppress(NothingToFuseError):
-            fuse(model, **_fuse_options(model))
+            fuse(model, training=True, **_fuse_options(model))
         blocks.apply(base, checkpoints, checkpointing)
         ids = {id(p) for p in (*trained, *adapters)}
         names = tuple(name for name, p in model.named_parameters() if id(p) in ids)

@@ -2,8 +2,9 @@
 
 Contrast (ITC) compares queries that saw the image with text that did not; matching (ITM) classifies pairs, seen together;
 generation (ITG) predicts a caption from the queries. The objectives differ only in who sees whom, so they share work: the
-image's keys and values are projected once for all of them and for every pair that reads the image, and generation reads
-the queries' keys and values that contrast made, because queries never see the text.
+image's keys and values are projected once for all of them and for every pair that reads the image; generation reads the
+queries' keys and values that contrast made, because queries never see the text; so contrast and generation go through the
+layers together, and a step is two passes; and no row of padding is computed.
 """
 
 from __future__ import annotations
@@ -312,13 +313,8 @@ class Blip2Stage1(nn.Module):
         queries = self._queries(text.texts)
         count, rows = queries.shape[1], text.texts * queries.shape[1]
         x = self._embed(torch.cat((queries.to(words.dtype).flatten(0, 1), words)).unsqueeze(0))
-        call = LayerCall(
-            rows,
-            image_index=image_index,
-            attend=attend_together(text, count),
-            sequences=text.texts,
-            stacks=images.stacks,
-        )
+        attend = attend_together(text, count)
+        call = LayerCall(rows, image_index=image_index, attend=attend, sequences=text.texts, stacks=images.stacks)
         hidden, _ = run_layers(self.retrieval.qformer, x, images.features, images.keys_values, call, rows=rows)
         head = self.retrieval.itm_head
         return head(hidden[0].unflatten(0, (-1, count)).to(head.weight.dtype)).mean(dim=1)
@@ -363,11 +359,8 @@ class Blip2Stage1(nn.Module):
         if not foreign.shape[0] and features.requires_grad:
             # Backward, too, is a collective: each process has to come by.
             foreign = wrong.new_tensor([(share.start + share.pairs) % features.shape[0]])
-        place = torch.where(
-            torch.isin(wrong, foreign),
-            torch.searchsorted(foreign, wrong) + share.pairs,
-            wrong - share.start,
-        )
+        place = torch.searchsorted(foreign, wrong) + share.pairs
+        place = torch.where(torch.isin(wrong, foreign), place, wrong - share.start)
         if not foreign.shape[0]:
             return images, place
         others = self._images(None, features.index_select(0, foreign), images.stacks)
@@ -381,10 +374,8 @@ class Blip2Stage1(nn.Module):
         self, words: Tensor, text: PackedText, input_ids: Tensor, wrong: Tensor, share: Share
     ) -> tuple[Tensor, PackedText, Tensor]:
         """The words, these texts and after them those of all processes that are `wrong` [B], and where `wrong` then are."""
-        ids_and_mask = F.pad(
-            torch.stack((input_ids, text.mask.to(input_ids.dtype))), (0, share.length - input_ids.shape[1])
-        )
-        ids, mask = gathered(ids_and_mask.transpose(0, 1))[wrong].unbind(1)
+        both = torch.stack((input_ids, text.mask.to(input_ids.dtype)), dim=1)
+        ids, mask = gathered(F.pad(both, (0, share.length - input_ids.shape[1])))[wrong].unbind(1)
         others = PackedText.of(mask)
         place = torch.arange(text.texts, text.texts + others.texts, device=wrong.device)
         return torch.cat((words, self._look_up(ids, others))), text.beside(others), place

@@ -14,7 +14,6 @@ import copy
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipConfig
@@ -22,9 +21,9 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
 from ..fusion import fuse
+from .gathering import gathered
 from .original_checkpoint import KeyMap, load_strictly, read_checkpoint
 
-IGNORED = -100
 # The original keeps the learned temperature within these.
 TEMPERATURES = (0.001, 0.5)
 
@@ -217,7 +216,7 @@ class BlipPretraining(nn.Module):
     @torch.no_grad()
     def _enqueue(self, image: Tensor, text: Tensor) -> None:
         """Put the features of all processes into the queues, over the oldest ones."""
-        image, text = _gathered(image), _gathered(text)
+        image, text = gathered(image), gathered(text)
         count, size = image.shape[0], self.image_queue.shape[1]
         if count > size:
             raise ValueError(
@@ -256,14 +255,14 @@ class BlipPretraining(nn.Module):
     def _language_model(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         ids = input_ids.clone()
         ids[:, 0] = self.bos_token_id
-        labels = ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]
         hidden = self._grounded(
             self.text_decoder.bert, ids, attention_mask, image, None, is_decoder=True, use_cache=False
-        )[:, :-1]
-        supervised = labels != IGNORED
-        # Only the rows that are supervised meet the vocabulary.
-        scores = self.text_decoder.cls(hidden[supervised])
-        return F.cross_entropy(scores, labels[supervised], label_smoothing=self.label_smoothing)
+        )
+        # Only rows whose next token is predicted meet the vocabulary. The host reads once how many there are.
+        index = attention_mask[:, 1:].flatten().nonzero().squeeze(1)
+        rows = hidden[:, :-1].flatten(0, 1).index_select(0, index)
+        labels = ids[:, 1:].flatten().index_select(0, index)
+        return F.cross_entropy(self.text_decoder.cls(rows), labels, label_smoothing=self.label_smoothing)
 
     def load_original(self, path: str | Path) -> None:
         """Load a checkpoint of the original (`model_base.pth`), all of it or nothing.
@@ -283,12 +282,3 @@ def _drawn(similarity: Tensor) -> Tensor:
     weights = F.softmax(similarity.float(), dim=1) + 1e-4
     weights = weights.masked_fill(torch.eye(len(weights), dtype=torch.bool, device=weights.device), 0.0)
     return torch.multinomial(weights, 1).squeeze(1)
-
-
-def _gathered(x: Tensor) -> Tensor:
-    """The rows of all processes, in their order."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)

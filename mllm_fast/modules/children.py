@@ -6,7 +6,7 @@ PEFT, bitsandbytes, accelerate, FSDP or a forward hook has wrapped computes some
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from .state import Derived, needs_graph
 # RMSNorm classes of other libraries whose forward is weight * x / rms(x) with fp32 statistics, by class name; a family
 # adds the names it knows.
 RMS_NORM_CLASSES = {"IdeficsRMSNorm"}
+# Output heads of other libraries, by class name, and when they compute what nn.Linear does; a family adds what it knows.
+LINEAR_HEADS: dict[str, Callable[[Any], bool]] = {}
 
 
 def hooked(module: nn.Module) -> bool:
@@ -52,6 +54,14 @@ def readable_linear(module: nn.Module) -> bool:
     parameters = module._parameters
     bias = parameters.get("bias")
     return type(parameters.get("weight")) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+
+
+def readable_head(module: nn.Module) -> bool:
+    """Whether `module`, the output head of a language model, is exactly `F.linear(x, module.weight, module.bias)`."""
+    is_linear = LINEAR_HEADS.get(type(module).__name__)
+    if is_linear is None:
+        return readable_linear(module)
+    return is_linear(module) and not hooked(module) and _plain(module.weight, module.bias)
 
 
 def read_norm(module: nn.Module) -> Norm | None:

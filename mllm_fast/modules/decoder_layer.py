@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..kernels.quantized_linear import Projection
-from ..kernels.quantized_linear.projection import Adapter
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin
 

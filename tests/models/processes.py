@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def run_processes(function: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
     """What `function(rank)`, of a module's top level, gives in each of `count` processes: tensors, numbers and text."""
-    mp.spawn(_run, (function, str(folder), count), nprocs=count)
+    spawn(_run, (function, str(folder), count), nprocs=count)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 

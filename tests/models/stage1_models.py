@@ -75,7 +75,8 @@ class Reference(nn.Module):
         i2t = torch.einsum("iqe,te->itq", features, text).max(-1).values / self.temperature
         t2i = torch.einsum("te,iqe->tiq", text, features).max(-1).values / self.temperature
         target = torch.arange(b)
-        itc = sum(F.cross_entropy(s, target, label_smoothing=self.smoothing) for s in (i2t, t2i)) / 2
+        losses = [F.cross_entropy(s, target, label_smoothing=self.smoothing) for s in (i2t, t2i)]
+        itc = (losses[0] + losses[1]) / 2
         wrong_image, wrong_text = NEGATIVES
         ids = torch.cat((input_ids, input_ids, input_ids[wrong_text]))
         mask = torch.cat((attention_mask, attention_mask, attention_mask[wrong_text]))

@@ -14,7 +14,7 @@ from tests.families.instruments import assert_same
 from tests.robustness.drawn_models import MODELS
 
 # A model with a language model takes longer than a block.
-EXAMPLES = {name: 20 if "of " in name or name == "blip text" else 8 for name in MODELS}
+EXAMPLES = {name: 15 if "of " in name else 5 for name in MODELS}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,0 +1,530 @@
+"""prepare_finetuning: what it changes, what it leaves alone, what it costs, and that a refused request changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mllm_fast
+from mllm_fast.families.bitsandbytes import FusedLinear4bit
+from mllm_fast.families.peft import FusedLoraLinear4bit
+from mllm_fast.finetune import BatchShape, Lora, language_model_loss, prepare_finetuning
+from mllm_fast.finetune import prepare as prepare_module
+from mllm_fast.models.original_checkpoint import CheckpointMismatchError
+from tests.families import builders, llava_models, qformers
+from tests.families.instruments import assert_same
+from tests.finetune.every_system import SYSTEMS, built
+from tests.finetune.saved import Saved, saving
+from tests.models import minigpt4_models, mplug_owl_models
+from tests.quantization import systems as quantizable
+
+bf16 = torch.bfloat16
+
+
+def nf4(name: str, dtype: torch.dtype = bf16) -> nn.Module:
+    model = quantizable.SYSTEMS[name]().to(dtype)
+    mllm_fast.quantize_llm(model, "nf4")
+    return model.train()
+
+
+def batch_of(name: str, dtype: torch.dtype = bf16) -> dict[str, Tensor]:
+    batch = quantizable.inputs(name, dtype)
+    return {**batch, "labels": batch["input_ids"]}
+
+
+def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name.replace(".base_layer", ""): p.dtype for name, p in model.named_parameters()}
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a refused request must leave as it was."""
+    return {
+        "modules": {name: (type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()},
+        "parameters": {name: (id(p), p.requires_grad, p.dtype, p.data_ptr()) for name, p in model.named_parameters()},
+    }
+
+
+def draw_lora(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+
+# What is cast, and what is not.
+
+
+@pytest.mark.parametrize("name", ["blip2", "llava", "idefics"])
+def test_only_what_is_trained_is_cast(name: str) -> None:
+    model = nf4(name)
+    before, weights = dtypes(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    part = "projection" if name == "llava" else "bridge"
+    plan = prepare_finetuning(model, part)
+    assert plan.trained
+    assert all(p.dtype == torch.float32 for p in plan.trained.values())
+    after = dtypes(model)
+    assert {n: d for n, d in after.items() if n not in plan.trained} == {
+        n: d for n, d in before.items() if n not in plan.trained
+    }
+    for n, p in model.named_parameters():
+        assert torch.equal(p.to(weights[n].dtype), weights[n]), n
+        assert p.requires_grad == (n in plan.trained), n
+
+
+def test_the_norm_after_blip2s_vision_model_is_trained_in_fp32() -> None:
+    plan = prepare_finetuning(nf4("blip2"), "bridge", trained_dtype=bf16)
+    wide = {n for n, p in plan.trained.items() if p.dtype == torch.float32}
+    assert wide == {"vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"}
+    assert {p.dtype for n, p in plan.trained.items() if n not in wide} == {bf16}
+
+
+@pytest.mark.parametrize("fused_before", [False, True])
+def test_lora_over_a_quantised_language_model(fused_before: bool) -> None:
+    model = nf4("llava")
+    if fused_before:
+        mllm_fast.fuse(model, fixes="all")
+    plan = prepare_finetuning(model, "projection+lora", lora=Lora(r=4, alpha=6))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert len(layers) == 2 * quantizable.LAYERS
+    assert all(re.fullmatch(r"model\.language_model\.layers\.\d\.self_attn\.[qv]_proj", n) for n in layers)
+    assert {type(m) for m in layers.values()} == {FusedLoraLinear4bit}
+    assert {type(m.base_layer) for m in layers.values()} == {FusedLinear4bit}
+    assert {m.scaling["default"] for m in layers.values()} == {1.5}
+    assert not hasattr(model, "is_loaded_in_8bit")
+    adapters = {n: p for n, p in plan.trained.items() if "lora_" in n}
+    assert len(adapters) == 2 * len(layers)
+    assert {p.dtype for p in adapters.values()} == {torch.float32}
+    with plan.autocast("cpu"):
+        language_model_loss(model, batch_of("llava")).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in plan.trained.values())
+    states = [mllm_fast.families.state_of(m) for m in model.modules()]
+    assert {bool(s.options.fixes) for s in states if s is not None and s.shared is not None} == {fused_before}
+
+
+def test_lora_equals_pefts() -> None:
+    """On the same model, PEFT's own wrapper and class names, which match in the language model only here."""
+    ours, theirs = llava_models.model().double(), llava_models.model().double()
+    plan = prepare_finetuning(
+        ours, "lora", lora=Lora(r=3, alpha=5, targets=("o_proj", "gate_proj")), trained_dtype=torch.float64
+    )
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["o_proj", "gate_proj"])
+    wrapped = peft.get_peft_model(theirs, config)
+    draw_lora(ours), draw_lora(wrapped)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in llava_models.inputs().items()}
+    batch["labels"] = batch["input_ids"]
+    losses = [m(**batch).loss for m in (ours, wrapped)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    reference = {
+        n.removeprefix("base_model.model."): p.grad for n, p in wrapped.named_parameters() if p.grad is not None
+    }
+    assert set(reference) == set(plan.trained)
+    for n, p in plan.trained.items():
+        torch.testing.assert_close(p.grad, reference[n])
+
+
+def test_lora_stays_out_of_vision_and_bridge() -> None:
+    """The vision models, Q-Formers and gated layers have layers of the same names."""
+    for name, targets in (
+        ("blip2", ("q_proj", "fc1")),
+        ("idefics", ("q_proj", "down_proj")),
+        ("mllama", ("q_proj",)),
+        ("open_flamingo", ("q_proj",)),
+        ("flamingo_hf", ("q_proj",)),
+        ("mplug_owl", ("all-linear",)),
+    ):
+        model, batch = built(name)
+        layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(targets)}
+        plan = prepare_finetuning(model, "lora", lora=Lora(r=2, targets=targets))
+        adapted = {n.split(".lora_")[0] for n in plan.trained}
+        assert adapted
+        assert not any(
+            re.search(r"vision|qformer|gated|abstractor|perceiver|cross_attn|lm_head|blocks\.", n) for n in adapted
+        )
+        assert name == "mplug_owl" or adapted < layers or name == "open_flamingo", name
+        SYSTEMS[name].loss(model, batch).backward()
+        assert all(p.grad is not None for p in plan.trained.values())
+
+
+def test_gpt2_has_other_linear_layers() -> None:
+    plan = prepare_finetuning(mplug_owl_models.owl("gpt2"), "lora", lora=Lora(r=2, targets=("c_attn",)))
+    assert len(plan.trained) == 4
+
+
+# Training computes what it computed without.
+
+
+@pytest.mark.parametrize(("name", "train"), [
+    ("open_flamingo", "bridge"), ("flamingo_hf", "bridge+embeddings"), ("idefics", "bridge"), ("mllama", "bridge"),
+    ("blip2", "bridge"), ("instructblip", "projection"), ("llava", "projection+language_model"), ("blip", "decoder+vision"),
+])  # fmt: skip
+def test_gradients_equal_those_of_the_model_as_it_came(name: str, train: str) -> None:
+    ours, batch = built(name)
+    theirs = copy.deepcopy(ours)
+    for p in theirs.parameters():
+        p.requires_grad_(True)
+    for model in (ours, theirs):
+        model.double().eval()
+    batch = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    plan = prepare_finetuning(ours, train, trained_dtype=torch.float64)
+    for model in (ours, theirs):
+        SYSTEMS[name].loss(model, batch).backward()
+    reference = dict(theirs.named_parameters())
+    grads = [{n: p.grad for n, p in plan.trained.items()}, {n: reference[n].grad for n in plan.trained}]
+    assert_same(*grads, tolerance=1e-6)  # transformers computes RMS norms in fp32 whatever the dtype
+
+
+@pytest.mark.parametrize("name", ["blip2", "llava", "idefics"])
+def test_a_step_under_the_plans_autocast(name: str) -> None:
+    """fp32 bridge, bf16 rest: within the error of the bf16 model, of gradients in fp32."""
+    model = nf4(name)
+    exact = copy.deepcopy(model)
+    for p in exact.parameters():
+        p.data = p.data.float() if p.dtype == bf16 else p.data  # transformers refuses to cast a quantised model
+    for layer in exact.modules():
+        if hasattr(layer, "compute_dtype"):
+            layer.compute_dtype = torch.float32
+    part = "projection" if name == "llava" else "bridge"
+    plan, reference = prepare_finetuning(model, part), prepare_finetuning(exact, part)
+    assert plan.compute_dtype == bf16
+    assert reference.compute_dtype == torch.float32
+    with plan.autocast("cpu"):
+        loss = model(**batch_of(name)).loss
+    loss.backward()
+    with reference.autocast("cpu"):
+        assert not torch.is_autocast_enabled("cpu")
+        expected = exact(**batch_of(name, torch.float32)).loss
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 0.1 * expected.item()
+    grads = [torch.cat([p.grad.flatten() for p in p.trained.values()]) for p in (plan, reference)]
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.97
+    assert all(p.grad.dtype == torch.float32 for p in plan.trained.values())
+
+
+# Modes.
+
+
+def test_frozen_vision_stays_in_evaluation() -> None:
+    for name in ("blip2", "llava", "open_flamingo", "mplug_owl"):
+        model, _ = built(name)
+        recipe = prepare_module.recipe_of(model)
+        plan = prepare_finetuning(model, "projection" if name == "llava" else "bridge")
+        for net in (model, copy.deepcopy(model)):
+            vision = net.get_submodule(recipe.vision)
+            assert net.train() is net
+            assert not any(m.training for m in vision.modules())
+            assert vision.train() is vision
+            assert net.training
+            assert net.get_submodule(recipe.language_model).training
+        assert plan.model is model
+
+
+def test_a_trained_vision_model_is_in_training_mode() -> None:
+    model, _ = built("blip2")
+    prepare_finetuning(model, "bridge")
+    prepare_finetuning(model, "bridge+vision")
+    assert model.vision_model.training
+    prepare_finetuning(model, "bridge")
+    assert not model.vision_model.training
+    model.eval()
+    prepare_finetuning(model, "vision")
+    assert not model.vision_model.training
+
+
+def test_minigpt4s_frozen_qformer_has_no_dropout() -> None:
+    model = minigpt4_models.minigpt4(freeze_vision=False, freeze_qformer=False)
+    prepare_finetuning(model, "projection")
+    model.train()
+    assert not any(m.training for m in (*model.vision_model.modules(), *model.qformer.modules()))
+    assert model.language_projection.training
+
+
+# What is kept for backward.
+
+
+def test_nothing_is_kept_below_flamingos_first_block_or_in_vision() -> None:
+    model = nf4("idefics")
+    plan = prepare_finetuning(model, "bridge")
+    # Its first block stands before layer 0; give it a place after two.
+    inner = model.model
+    inner.gated_cross_attn_layers[0].requires_grad_(False)
+    inner.perceiver_resampler.requires_grad_(False)
+    layers = {f"layer {i}": layer for i, layer in enumerate(inner.layers)}
+    with plan.autocast("cpu"), saving(model, {**layers, "vision": inner.vision_model}) as saved:
+        model(**batch_of("idefics")).loss.backward()
+    assert {n for n in saved.bytes if n} == {"layer 2", "layer 3"}
+
+    model, batch = built("open_flamingo")
+    plan = prepare_finetuning(model, "bridge")
+    layers = {f"layer {i}": m.decoder_layer for i, m in enumerate(model.lang_encoder._get_decoder_layers())}
+    with saving(model, {**layers, "vision": model.vision_encoder}) as saved:
+        language_model_loss(model, batch).backward()
+    assert {n for n in saved.bytes if n} == {"layer 1", "layer 2", "layer 3"}
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2"])
+def test_nothing_is_kept_below_the_lowest_adapter(name: str) -> None:
+    model = nf4(name)
+    lm = model.model.language_model if name == "llava" else model.language_model.model.decoder
+    targets = ("layers.2.self_attn.q_proj", "layers.3.self_attn.v_proj")
+    plan = prepare_finetuning(model, "lora", lora=Lora(r=2, targets=targets))
+    rest = {"vision": model.model.vision_tower if name == "llava" else model.vision_model}
+    layers = {f"layer {i}": layer for i, layer in enumerate(lm.layers)}
+    norm = lm.layers[2].input_layernorm if name == "llava" else lm.layers[2].self_attn_layer_norm
+    with plan.autocast("cpu"), saving(model, {**layers, **rest, "norm": norm}) as saved:
+        language_model_loss(model, batch_of(name)).backward()
+    assert {n for n in saved.bytes if n} == {"layer 2", "layer 3"}
+
+
+def test_the_vision_model_keeps_nothing_below_its_trained_norm() -> None:
+    model, batch = built("blip2")
+    prepare_finetuning(model, "bridge")
+    with saving(model, {"encoder": model.vision_model.encoder}) as saved:
+        SYSTEMS["blip2"].loss(model, batch).backward()
+    assert "encoder" not in saved.bytes
+    assert saved.total > 0
+    prepare_finetuning(model, "bridge+vision")
+    with saving(model, {"encoder": model.vision_model.encoder}) as saved:
+        SYSTEMS["blip2"].loss(model, batch).backward()
+    assert saved.bytes["encoder"] > 0
+
+
+def test_the_meter_of_saved_tensors() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+    x = torch.randn(4, 8)
+    with saving(net, {"linear": net[0]}) as saved:
+        net(x)
+    assert isinstance(saved, Saved)
+    assert saved.bytes == {"linear": 4 * 8 * 4, "": 4 * 16 * 4}
+    with saving(net, {"linear": net[0]}, known=[x]) as saved:
+        net(x)
+    assert saved.bytes == {"": 4 * 16 * 4}
+
+
+# Again, with other parts.
+
+
+def test_another_call_trains_other_parts() -> None:
+    model = nf4("llava")
+    before = dtypes(model)
+    first = prepare_finetuning(model, "projection")
+    second = prepare_finetuning(model, "lora", lora=Lora(r=2))
+    assert not any("lora" in n for n in first.trained)
+    assert all("lora_" in n for n in second.trained)
+    assert {n: d for n, d in dtypes(model).items() if "lora" not in n} == before
+    third = prepare_finetuning(model, "projection+lora")
+    assert set(third.trained) == {*first.trained, *second.trained}
+    fourth = prepare_finetuning(model, "projection")
+    assert set(fourth.trained) == set(first.trained)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(first.trained)
+    with fourth.autocast("cpu"):
+        language_model_loss(model, batch_of("llava")).backward()
+
+
+def test_a_part_that_is_trained_again_keeps_what_it_learned() -> None:
+    model, _ = built("llava")
+    model.to(bf16)
+    weight = model.model.multi_modal_projector.linear_1.weight
+    prepare_finetuning(model, "projection")
+    with torch.no_grad():
+        weight.fill_(1 + 2**-12)  # bf16 would round it
+    prepare_finetuning(model, "projection+lora")
+    assert weight.dtype == torch.float32
+    assert weight[0, 0].item() == 1 + 2**-12
+    prepare_finetuning(model, "lora")
+    assert weight.dtype == bf16
+
+
+def test_inside_pefts_wrapper() -> None:
+    inner = llava_models.model().to(bf16)
+    wrapped = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj"))
+    plan = prepare_finetuning(wrapped, "projection+lora")
+    assert all(n.startswith("base_model.model.") for n in plan.trained)
+    assert sum("lora_A" in n for n in plan.trained) == 2
+    assert sum("multi_modal_projector" in n for n in plan.trained) == 4
+
+
+# Refusals.
+
+BAD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "unknown part": (lambda m: prepare_finetuning(m, "bridge"), r"'bridge'; this system has projection, language_model, lora"),
+    "empty": (lambda m: prepare_finetuning(m, ""), r"train names ''"),
+    "twice": (lambda m: prepare_finetuning(m, "lora+lora"), r"a part twice"),
+    "lora unasked": (lambda m: prepare_finetuning(m, "projection", lora=Lora()), r"'projection\+lora'"),
+    "no such target": (
+        lambda m: prepare_finetuning(m, "lora", lora=Lora(targets=("c_attn", "q_proj"))),
+        r"called c_attn; its layers are down_proj, .*v_proj",
+    ),
+    "vision's layer": (lambda m: prepare_finetuning(m, "lora", lora=Lora(targets=("fc1",))), r"called fc1"),
+    "quantised part": (
+        lambda m: prepare_finetuning(m, "projection+language_model"),
+        r"language_model cannot be trained, because model\.language_model.*q_proj and 27 more is quantised",
+    ),
+    "dtype": (lambda m: prepare_finetuning(m, "projection", trained_dtype=torch.int8), r"trained_dtype is torch.int8"),
+    "checkpointing": (lambda m: prepare_finetuning(m, "lora", checkpointing="all"), r"checkpointing is 'all'; .*'offload'"),
+    "optimizer": (lambda m: prepare_finetuning(m, "projection", optimizer="sgd"), r"optimizer is 'sgd'; .*'adamw8bit'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_a_refused_request_changes_nothing(case: str) -> None:
+    call, message = BAD[case]
+    model = nf4("llava")
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert state(model) == before
+
+
+def test_a_narrow_dtype_is_refused() -> None:
+    model, _ = built("blip2")
+    with pytest.raises(ValueError, match=r"bfloat16, narrower than torch.float32.*load the language model"):
+        prepare_finetuning(model, "bridge", trained_dtype=bf16)
+
+
+def test_systems_without_a_language_model_have_no_lora() -> None:
+    with pytest.raises(ValueError, match=r"'lora'; this system has bridge, vision"):
+        prepare_finetuning(qformers.retrieval(), "lora")
+
+
+def test_a_part_that_is_not_there() -> None:
+    model = builders.idefics(resampler=False)
+    assert not any("resampler" in n for n in prepare_finetuning(model, "bridge").trained)
+    model.model.embed_tokens.additional_embedding = None
+    del model.lm_head.additional_fc
+    with pytest.raises(ValueError, match="embeddings has no parameters"):
+        prepare_finetuning(model, "embeddings")
+
+
+def test_another_lora_than_the_model_has() -> None:
+    model = nf4("llava")
+    prepare_finetuning(model, "lora", lora=Lora(r=2))
+    prepare_finetuning(model, "lora", lora=Lora(r=2))
+    before = state(model)
+    for other in (Lora(r=4), Lora(r=2, alpha=3), Lora(r=2, dropout=0.1), Lora(r=2, targets=("q_proj",))):
+        with pytest.raises(ValueError, match=r"has LoRA already, on 8 layers, and not as Lora\(r="):
+            prepare_finetuning(model, "lora", lora=other)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch, trained_before: bool) -> None:
+    model = nf4("llava")
+    mllm_fast.fuse(model)
+    if trained_before:
+        prepare_finetuning(model, "projection")
+    before = state(model)
+
+    def fail(*args: Any) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(prepare_module, "fuse", lambda *args, **kwargs: fail())
+    with pytest.raises(MemoryError):
+        prepare_finetuning(model, "projection+lora")
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"r": 0}, "r >= 1"), ({"targets": ()}, "at least one target"), ({"targets": "q_proj"}, r"\('q_proj',\)"),
+    ({"dropout": 1.0}, "dropout is 1.0"),
+])  # fmt: skip
+def test_bad_lora(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lora(**arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"samples": 0, "tokens": 1}, "at least one sample"), ({"samples": 1, "tokens": 0}, "at least one"),
+    ({"samples": 1, "tokens": 4, "images": -1}, "fewer than 0"),
+    ({"samples": 1, "tokens": 4, "supervised": 5}, "0 to tokens=4"),
+])  # fmt: skip
+def test_bad_batch_shapes(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchShape(**arguments)
+
+
+# The plan.
+
+
+def test_the_table_counts_everything_once() -> None:
+    model = nf4("blip2")
+    dense = quantizable.blip2()
+    plan = prepare_finetuning(model, "bridge+lora", lora=Lora(r=4), optimizer="adamw")
+    rows = {(row.part, row.trained): row for row in plan.rows}
+    adapters = sum(p.numel() for n, p in plan.trained.items() if "lora_" in n)
+    assert sum(row.parameters for row in plan.rows) == sum(p.numel() for p in dense.parameters()) + adapters
+    trained = sum(p.numel() for p in plan.trained.values())
+    assert sum(row.parameters for row in plan.rows if row.trained) == trained
+    assert sum(row.weights for row in plan.rows if row.trained) == 4 * trained
+    assert sum(row.gradients for row in plan.rows) == 4 * trained
+    assert sum(row.optimizer for row in plan.rows) == 8 * trained
+    assert rows["bridge", True].parameters == trained - adapters
+    assert rows["language model", False].dtypes[0] == "nf4"
+    assert rows["vision", False].dtypes == ("bfloat16",)
+    total = sum(row.weights for row in plan.rows)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert stored < total < 1.15 * stored  # the scales of the quantised weights are no parameters
+    printed = str(plan)
+    for text in ("bridge", "lora", "nf4, bfloat16", f"{trained:,} of", "optimiser (adamw)", "without activations"):
+        assert text in printed
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_bytes_of_the_optimiser_are_those_of_the_optimiser(optimizer: str) -> None:
+    model, _ = built("blip2")
+    # A tensor above the size from which bitsandbytes quantises states.
+    model.qformer.encoder.layer[0].attention.attention.query = nn.Linear(24, 24)
+    extra = nn.Parameter(torch.randn(1, 300, 24))
+    model.query_tokens = extra
+    plan = prepare_finetuning(model, "bridge", optimizer=optimizer)  # type: ignore[arg-type]
+    expected = sum(row.optimizer for row in plan.rows)
+    small = sum(p.numel() for p in plan.trained.values() if p.numel() < 4096)
+    assert extra.numel() >= 4096
+    if optimizer == "adamw":
+        adamw = torch.optim.AdamW(plan.trained.values())
+        for p in plan.trained.values():
+            p.grad = torch.zeros_like(p)
+        adamw.step()
+        states = [t for s in adamw.state.values() for name, t in s.items() if name != "step"]
+        assert expected == sum(t.numel() * t.element_size() for t in states)
+    else:
+        assert expected == 8 * small + 2 * extra.numel() + 8 * math.ceil(extra.numel() / 256)
+
+
+def test_saved_and_loaded_weights() -> None:
+    first, second = nf4("blip2"), nf4("blip2")
+    plans = [prepare_finetuning(m, "bridge+lora", lora=Lora(r=2)) for m in (first, second)]
+    with torch.no_grad():
+        for p in plans[0].trained.values():
+            p.normal_()
+    saved = plans[0].trained_state_dict()
+    assert set(saved) == set(plans[0].trained)
+    assert not any(t.requires_grad for t in saved.values())
+    plans[1].load_trained(saved)
+    assert all(torch.equal(p, plans[0].trained[n]) for n, p in plans[1].trained.items())
+    before = {n: t.clone() for n, t in saved.items()}
+    bad = {n: torch.zeros(3) if n == "query_tokens" else torch.zeros_like(t) for n, t in saved.items()}
+    del bad["language_projection.bias"]
+    with pytest.raises(
+        CheckpointMismatchError,
+        match=r"train='bridge\+lora'(.|\n)*missing: language_projection.bias\n.*shape of query_tokens",
+    ):
+        plans[1].load_trained(bad)
+    assert all(torch.equal(p, before[n]) for n, p in plans[1].trained.items())
+
+
+def test_no_autocast_where_nothing_is_wider() -> None:
+    model, _ = built("llava")
+    plan = prepare_finetuning(model, "projection")
+    with plan.autocast("cpu"):
+        assert not torch.is_autocast_enabled("cpu")
