@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from mllm_fast.kernels.launch import device_architecture
+from mllm_fast.models.bridge_file import write_text_atomically
 
 from .measure import Limits, Plan
 from .registry import Result, Workload
@@ -139,9 +140,9 @@ def _versions() -> dict[str, str]:
 
 
 def save(data: Mapping[str, Any], path: Path) -> None:
-    """Write a report as JSON."""
+    """Write a report as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    write_text_atomically(path, json.dumps(data, indent=1) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -8,96 +8,24 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
+from .information import collect_info, print_info
 
 if TYPE_CHECKING:
     from .kernels.audit import Row
-    from .kernels.runtime import Op
     from .pipeline import Pipeline
 
-LIBRARIES = ("torch", "triton", "transformers", "bitsandbytes", "xformers", "peft")
 DEMO_MODULES = ("matplotlib", "skimage", "sklearn")
 
 
 class CommandError(Exception):
     """A request that cannot be carried out, in one sentence for the person who typed it."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """One device that kernels could run on. `memory_gib` is the whole memory of a GPU and None for a CPU."""
-
-    name: str
-    kind: str
-    detail: str
-    memory_gib: float | None = None
-
-
-@dataclass(frozen=True)
-class OpStatus:
-    """Which implementation of an op runs on this machine, and the reason.
-
-    `details` are (which calls, implementation, reason), where not all calls of the op run alike on the GPU.
-    """
-
-    name: str
-    summary: str
-    implementation: str
-    reason: str
-    details: tuple[tuple[str, str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Info:
-    """What `mllm-fast info` prints. `versions` maps a library to its version, None where it is not installed."""
-
-    devices: tuple[Device, ...]
-    versions: dict[str, str | None]
-    triton: str
-    ops: tuple[OpStatus, ...]
-
-
-def collect_info() -> Info:
-    """Look at this machine: devices, installed versions, and for each op what would run it under `backend("auto")`."""
-    import torch
-
-    from . import ops  # noqa: F401  # importing an op declares it to the runtime
-    from .kernels import runtime
-
-    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    devices = [Device("cpu", "cpu", cpu)]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        target = f"sm_{properties.major}{properties.minor}" if torch.version.cuda else properties.gcnArchName
-        memory = round(properties.total_memory / 2**30, 1)
-        devices.append(Device(f"cuda:{index}", "cuda", f"{properties.name}, {target}", memory))
-    statuses = tuple(_status(op, devices[-1].kind) for op in runtime.ops())
-    versions = {"python": platform.python_version(), "mllm-fast": __version__, **{n: _version(n) for n in LIBRARIES}}
-    unavailable = runtime.triton_unavailable_reason()
-    return Info(tuple(devices), versions, "can run" if unavailable is None else f"cannot run: {unavailable}", statuses)
-
-
-def _status(op: Op, device_type: str) -> OpStatus:
-    from .kernels import launch, runtime
-
-    implementation, reason = runtime.explain(op.name, device_type)
-    details = op.details(launch.device_architecture()) if implementation == "triton" and device_type == "cuda" else ()
-    return OpStatus(op.name, op.summary, implementation, reason, tuple(details))
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,29 +37,7 @@ def _info(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(info), indent=2))  # noqa: T201
         return 0
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    devices = Table("device", "what", "memory", title="Devices", title_justify="left")
-    for device in info.devices:
-        memory = "" if device.memory_gib is None else f"{device.memory_gib} GiB"
-        devices.add_row(device.name, device.detail, memory)
-    versions = Table("library", "version", title="Versions", title_justify="left")
-    for library, version in info.versions.items():
-        versions.add_row(library, version or "not installed")
-    ops = Table("op", "runs", "because", "what it computes", title="Ops", title_justify="left")
-    for op in info.ops:
-        ops.add_row(op.name, op.implementation, op.reason, escape(op.summary))
-    console.print(devices, versions, ops, sep="\n")
-    for op in info.ops:
-        if op.details:
-            table = Table("calls", "runs", "because", title=f"{op.name} on the GPU", title_justify="left")
-            for calls, implementation, why in op.details:
-                table.add_row(escape(calls), implementation, escape(why))
-            console.print(table)
-    console.print(f"Triton kernels {info.triton}", markup=False, highlight=False)
+    print_info(info)
     return 0
 
 
@@ -228,6 +134,26 @@ def _verify(args: argparse.Namespace) -> int:
     if args.out is not None:
         print(f"written to {report.save(args.out)}")  # noqa: T201
     return int(not report.passed)
+
+
+def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG.yaml", help="stage, model, data, output, settings"
+    )
+    what.add_argument(
+        "--list", action="store_true", help="the stages: what they train, and where their settings are from"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it costs, no more")
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from .finetune import command
+
+    if args.list:
+        return command.list_stages()
+    return command.finetune(args.config, resume=args.resume, dry_run=args.dry_run)
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -334,6 +260,7 @@ COMMANDS = (
     Command("audit", "compile every kernel for other GPUs, and look for what makes one slow", _audit_arguments, _audit),
     Command("bench", "measure every block against its peers, side by side", lambda parser: None, _bench, True),
     Command("generate", "answer a prompt about images with any supported model", _generate_arguments, _generate),
+    Command("finetune", "train a bridge or LoRA through a frozen language model", _finetune_arguments, _finetune),
     Command("verify", "run a model before and after fusing, and compare the errors", _verify_arguments, _verify),
 )
 

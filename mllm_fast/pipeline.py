@@ -148,7 +148,7 @@ def load_pipeline(
         narrow = torch.device(device).type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtype = torch.bfloat16 if narrow else torch.float32
     model = load(str(name_or_path), llm=llm, fuse=fuse, dtype=dtype, device=device)
-    return Pipeline(model.eval(), AutoProcessor.from_pretrained(str(name_or_path)))
+    return Pipeline(model.eval(), AutoProcessor.from_pretrained(str(name_or_path), trust_remote_code=False))
 
 
 def drawn_image(size: int = 224) -> Image.Image:

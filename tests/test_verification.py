@@ -13,7 +13,7 @@ from torch import nn
 import mllm_fast
 from mllm_fast import verification
 from mllm_fast.families import llava, state_of
-from mllm_fast.verification import verify
+from mllm_fast.verification import VerifyReport, verify
 from tests.families import builders, llava_models, qformers
 
 
@@ -66,6 +66,35 @@ def test_a_fused_model_stays_fused_and_the_mode_stays(tmp_path: Path) -> None:
     assert saved["passed"] is True
     assert saved["versions"]["torch"] == torch.__version__
     assert {"name", "ratio", "unfused_error", "fused_error"} <= saved["outputs"][0].keys()
+
+
+def test_a_report_comes_back_and_says_what_a_bug_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, inputs = case("llava")
+    report = verify(model, inputs, new_tokens=2)
+    again = VerifyReport.from_json(report.save(tmp_path / "report.json").read_text())
+    assert again == report
+    assert str(again) == str(report)
+    assert report.model_class.endswith("modeling_llava.LlavaForConditionalGeneration")
+    assert report.options.startswith("level 1")
+    assert len(report.modules) == report.fused
+    assert {"FusedLlavaModel", "FusedLlavaMultiModalProjector"} <= {row.now for row in report.modules}
+    assert all(row.kernels and row.was.startswith("transformers.") for row in report.modules)
+    assert report.machine["system"] and report.machine["cpu"] and report.versions["torch"] in str(report)
+
+    def fail(self: nn.Module, *args: Any) -> None:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(llava.FusedLlavaMultiModalProjector, "forward", fail)
+    broken = verify(model, inputs, new_tokens=2)
+    assert not broken.passed
+    assert "a kernel failed" in str(broken)
+    assert "FAILED" in str(broken)
+    assert "Traceback" in broken.error
+    assert str(VerifyReport.from_json(broken.to_json())) == str(broken)
+    assert not any(state_of(module) for module in model.modules())
+    for text in ("{", "[]", '{"model": 1}', "null"):
+        with pytest.raises(ValueError, match="no report of `mllm-fast verify`"):
+            VerifyReport.from_json(text)
 
 
 def test_tokens_count_up_to_the_first_difference() -> None:

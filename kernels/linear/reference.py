@@ -15,12 +15,14 @@ from torch import Tensor
 from ..gated_residual import reference as gated_residual
 from ..norm import reference as norms
 from ..norm.op import Norm
-from . import onednn
+from . import lowered, onednn
 from .activations import ACTIVATIONS, GATED_ACTIVATIONS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias), always as one GEMM over all rows."""
+    if lowered.serves(x, weight):
+        return lowered.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
     if x.dim() <= 2 and not onednn.serves(x, weight, bias):
         return F.linear(x, weight, bias)
     # Without this, rows that are not evenly spaced (`x[:, :n]`) become a batched GEMM on the CPU: 14.3 ms against

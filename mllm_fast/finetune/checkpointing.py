@@ -8,12 +8,14 @@ layer keep its input.) Random numbers are those of the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..families.recipes import Recipe, resolve
@@ -49,7 +51,7 @@ class Recompute:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)`."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not _asks_for_a_graph(function, args, kwargs):
             return function(*args, **kwargs)
         if not self.offload or not args or not isinstance(args[0], Tensor):
             return checkpoint(function, *args, use_reentrant=False, context_fn=recompute_contexts, **kwargs)
@@ -73,6 +75,17 @@ class RecomputedForward:
         if not module.training:
             return forward(module, *args, **kwargs)
         return self.run(forward.__get__(module), *args, **kwargs)
+
+
+def _asks_for_a_graph(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether autograd keeps anything of the call; a block that is called so needs no checkpoint."""
+    given = [*args, *kwargs.values(), getattr(function, "__self__", None)]
+    if isinstance(function, functools.partial):
+        given += [*function.args, *function.keywords.values(), getattr(function.func, "__self__", None)]
+    if not any(isinstance(x, nn.Module) for x in given):
+        return True  # who can say what it holds
+    parameters = (p for module in given if isinstance(module, nn.Module) for p in module.parameters())
+    return any(t.requires_grad for t in (*tree_leaves(given), *parameters) if isinstance(t, Tensor))
 
 
 def find(model: nn.Module, recipe: Recipe) -> Blocks:

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .settings import TrainingSettings
 
-_GATE = re.compile(r"(^|[._])gates?($|[._])|(^|[._])alpha_(cross_attn|dense|xattn)($|[._])")
-_NORM = re.compile(r"(^|[._])(layer|group|batch|instance|rms)?_?norm", re.IGNORECASE)
+_GATE = re.compile(r"(^|_)gate$|^alpha_(cross_attn|dense)$")
+_NORM = re.compile(r"(^|\.)\w*norm\d*(_\w+)?($|\.)", re.IGNORECASE)
 
 
 def is_gate(name: str, parameter: Tensor) -> bool:
@@ -22,8 +22,7 @@ def is_gate(name: str, parameter: Tensor) -> bool:
 
     A matrix that is called a gate (Llama's `gate_proj`) is none.
     """
-    last = ".".join(name.split(".")[-2:])
-    return bool(_GATE.search(last)) and parameter.numel() == max(parameter.shape, default=1)
+    return bool(_GATE.search(name.split(".")[-1])) and parameter.numel() == max(parameter.shape, default=1)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

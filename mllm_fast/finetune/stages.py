@@ -1,4 +1,4 @@
-"""The stages that systems are trained in, each ready to run: what is trained, the published settings, prompts and loss.
+"""Run a stage of a system's training: what is trained, the published settings, prompts and loss are the stage's.
 
     run_stage("minigpt4-projection", model=model, processor=processor, data=CaptionFolder("pictures"), output="run", steps=500)
 
@@ -9,239 +9,29 @@ takes at most a tenth of the steps.
 from __future__ import annotations
 
 import contextlib
-import difflib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..families.recipes import unwrapped
 from .checkpointing import Checkpointing
 from .collation import IGNORED, Collate, collator_for
-from .data import Part
 from .evaluation import Evaluate
 from .features import FeatureCache
 from .loop import train as run_loop
-from .lora import ALL_LINEAR, Lora
-from .loss import can_skip_logits, language_model_loss
+from .lora import Lora
 from .memory import BatchShape
 from .plan import FinetuningPlan
 from .prepare import prepare_finetuning
-from .settings import Loss, TrainingResult, TrainingSettings
+from .published import STAGES, stage_named
+from .settings import TrainingResult, TrainingSettings
+from .stage import Stage, caption_loss, pair_loss
 
 __all__ = ["STAGES", "Stage", "StageRun", "caption_loss", "pair_loss", "prepare_stage", "run_stage", "stage_named"]
-
-# A warm-up that nobody asked for takes at most this share of a run.
-_LONGEST_WARMUP = 0.1
-
-
-def caption_loss(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Mean cross entropy of the supervised tokens, and their number as "count".
-
-    Without the logits, where the head is frozen and the last thing that the model computes; else the model's own loss.
-    """
-    labels = batch["labels"]
-    config: Any = unwrapped(model).config
-    shifted = not config.get_text_config(decoder=True).is_encoder_decoder
-    loss = language_model_loss(model, batch) if can_skip_logits(model) else model(**batch).loss
-    return {"loss": loss, "count": (labels[:, shifted:] != IGNORED).sum()}
-
-
-def pair_loss(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a model of pairs says of a batch: "loss", and the objectives that it is the sum of."""
-    return dict(model(**batch))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of one system's training.
-
-    Attributes:
-        name: as `run_stage` and a configuration take it.
-        models: names of the classes that it trains.
-        train: parts, as `prepare_finetuning` takes them.
-        settings: of `TrainingSettings`, as published; `batch_size` is that of an update, over all processes.
-        epochs: as published.
-        source: where the settings are published, and what differs here.
-        warmup: share of the steps, where it is not `warmup_steps` in `settings`.
-        lora: low-rank terms, where `train` has them.
-        prompt: for samples without one.
-        plain: the image alone stands before the caption.
-        max_caption_tokens: longer captions are cut.
-        loss: of model and batch.
-    """
-
-    name: str
-    models: tuple[str, ...]
-    train: str
-    settings: Mapping[str, Any]
-    epochs: float
-    source: str
-    warmup: float | None = None
-    lora: Lora | None = None
-    prompt: str = ""
-    plain: bool = False
-    max_caption_tokens: int | None = None
-    loss: Loss = field(default=caption_loss, repr=False)
-
-    def training_settings(self, rows: int, **given: Any) -> TrainingSettings:
-        """The stage's settings for so many samples.
-
-        Args:
-            rows: of the data set.
-            **given: of `TrainingSettings`, in place of the published ones; or `epochs` in place of `steps`.
-
-        Raises:
-            ValueError: both `epochs` and `steps`, an unknown setting, a value out of range, or fewer rows than a batch.
-        """
-        known = [*TrainingSettings.names(), "epochs"]
-        if unknown := [name for name in given if name not in known]:
-            close = difflib.get_close_matches(unknown[0], known, n=1)
-            raise ValueError(
-                f"there is no setting {unknown[0]!r}{f'; did you mean {close[0]!r}?' if close else ''} Settings are "
-                f"{', '.join(known)}"
-            )
-        if "epochs" in given and "steps" in given:
-            raise ValueError("both epochs and steps are given; leave one of them out")
-        epochs = given.pop("epochs", self.epochs)
-        values = {**self.settings, **given}
-        update = values.get("batch_size", 8) * values.get("accumulation", 1)
-        if rows < update and "steps" not in given:
-            raise ValueError(f"the data set has {rows} samples, and an update takes {update}; give a smaller batch_size")
-        steps = values.setdefault("steps", max(1, math.floor(epochs * rows / update)))
-        if "warmup_steps" not in given:
-            wanted = self.settings.get("warmup_steps", steps if self.warmup is None else round(self.warmup * steps))
-            values["warmup_steps"] = min(wanted, int(_LONGEST_WARMUP * steps)) if self.warmup is None else wanted
-        if values.get("schedule", "cosine") != "cosine":
-            values.pop("minimum_learning_rate", None) if "minimum_learning_rate" not in given else None
-        elif "minimum_learning_rate" not in given and "learning_rate" in given and "minimum_learning_rate" in values:
-            # It goes with the published learning rate: keep their ratio.
-            values["minimum_learning_rate"] *= given["learning_rate"] / self.settings["learning_rate"]
-        return TrainingSettings(**values)
-
-
-_FLAMINGOS = ("FlamingoForConditionalGeneration", "IdeficsForVisionText2Text")
-_BLIP2 = ("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration")
-
-STAGES: Mapping[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "flamingo-bridge",
-            models=_FLAMINGOS,
-            train="bridge",
-            settings={
-                "batch_size": 128, "learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 5000, "weight_decay": 0.1,
-            },  # fmt: skip
-            epochs=1,
-            source=(
-                "open_flamingo/train/train.py, its defaults for image-text pairs. There the embeddings of the two new tokens "
-                "are trained too: train='bridge+embeddings'"
-            ),
-        ),
-        Stage(
-            "blip2-stage1",
-            models=("Blip2Stage1",),
-            train="bridge",
-            settings={
-                "batch_size": 100, "learning_rate": 1e-4, "minimum_learning_rate": 1e-5, "warmup_steps": 5000,
-                "weight_decay": 0.05, "max_grad_norm": None,
-            },  # fmt: skip
-            epochs=10,
-            source="LAVIS projects/blip2/train/pretrain_stage1.yaml; its warm-up starts at 1e-6 and not at 0",
-            max_caption_tokens=32,
-            loss=pair_loss,
-        ),
-        Stage(
-            "blip2-stage2",
-            models=_BLIP2,
-            train="bridge",
-            settings={
-                "batch_size": 64, "learning_rate": 1e-4, "minimum_learning_rate": 1e-5, "warmup_steps": 2000,
-                "weight_decay": 0.05, "max_grad_norm": None,
-            },  # fmt: skip
-            epochs=10,
-            source="LAVIS projects/blip2/train/pretrain_stage2.yaml; its warm-up starts at 1e-6 and not at 0",
-            max_caption_tokens=32,
-        ),
-        Stage(
-            "minigpt4-projection",
-            models=("MiniGPT4ForConditionalGeneration",),
-            train="projection",
-            settings={
-                "batch_size": 64, "learning_rate": 1e-4, "minimum_learning_rate": 8e-5, "warmup_steps": 5000,
-                "weight_decay": 0.05, "max_grad_norm": None,
-            },  # fmt: skip
-            epochs=1,
-            source=(
-                "MiniGPT-4 train_configs/minigpt4_stage1_pretrain.yaml (20,000 updates, less than an epoch of its data). Its "
-                "second stage: learning_rate 3e-5, minimum_learning_rate 1e-5, warmup_steps 200, batch_size 12, steps 1000"
-            ),
-            prompt="Describe this image in detail.",
-            max_caption_tokens=160,
-        ),
-        Stage(
-            "llava-stage1",
-            models=("LlavaForConditionalGeneration",),
-            train="projection",
-            settings={"batch_size": 256, "learning_rate": 1e-3, "schedule": "cosine", "weight_decay": 0.0},
-            epochs=1,
-            source=(
-                "LLaVA scripts/v1_5/pretrain.sh: image and caption alone, which there ends with a line break and here with "
-                "the token at which generation stops"
-            ),
-            warmup=0.03,
-            plain=True,
-        ),
-        Stage(
-            "llava-stage2",
-            models=("LlavaForConditionalGeneration",),
-            train="projection+lora",
-            settings={"batch_size": 128, "learning_rate": 2e-4, "schedule": "cosine", "weight_decay": 0.0},
-            epochs=1,
-            source=(
-                "LLaVA scripts/v1_5/finetune_lora.sh; there the projection has a learning rate of its own, 2e-5, here the "
-                "one of all"
-            ),
-            warmup=0.03,
-            lora=Lora(r=128, alpha=256.0, dropout=0.05, targets=(ALL_LINEAR,)),
-            prompt="Describe the image.",
-        ),
-        Stage(
-            "mplug-owl-lora",
-            models=("MplugOwlForConditionalGeneration",),
-            train="lora",
-            settings={
-                "batch_size": 256, "learning_rate": 2e-5, "minimum_learning_rate": 1e-6, "warmup_steps": 50,
-                "weight_decay": 1e-4,
-            },  # fmt: skip
-            epochs=3,
-            source=(
-                "mPLUG-Owl train_it.sh and its pipeline/train.py: LoRA alone. The paper trains the abstractor with it: "
-                "train='bridge+lora'"
-            ),
-            lora=Lora(r=8, alpha=32.0, dropout=0.05, targets=("q_proj", "v_proj")),
-            prompt="Describe the image.",
-        ),
-    )
-}
-
-
-def stage_named(name: str) -> Stage:
-    """A stage of `STAGES`.
-
-    Raises:
-        ValueError: there is none of that name; lists them.
-    """
-    if name not in STAGES:
-        close = difflib.get_close_matches(name, STAGES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise ValueError(f"there is no stage {name!r}{hint} Stages are {', '.join(STAGES)}")
-    return STAGES[name]
 
 
 @dataclass
@@ -324,7 +114,8 @@ def prepare_stage(
     _check_model(stage, model)
     if not len(data):
         raise ValueError("the data set is empty; expected samples to train on")
-    chosen = stage.training_settings(len(data), **settings)
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    chosen = stage.training_settings(len(data), processes, **settings)
     collate = collate or collator_for(
         model,
         processor,
@@ -396,11 +187,3 @@ def _shape(collate: Collate, data: Any, settings: TrainingSettings) -> BatchShap
     supervised = None if labels is None else int((labels != IGNORED).sum(1).max())
     images = 0 if pixels is None else pixels.shape[1] if pixels.dim() > 4 else -(-len(pixels) // count)
     return BatchShape(settings.batch_size, ids.shape[1], images, supervised)
-
-
-def describe(stage: Stage) -> str:
-    """A stage in one line, for `mllm-fast finetune --list`."""
-    return f"{stage.name}: trains {stage.train} of {' or '.join(stage.models)} ({stage.source})"
-
-
-_ = Part  # samples of a split are a dataset too

@@ -36,6 +36,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         Path(name).unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for a text in UTF-8."""
+    write_atomically(path, lambda file: _write_text(file, text))
+
+
 def write_bridge(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], *, overwrite: bool) -> Path:
     """Write both files into `folder`, which is made where missing.
 
@@ -50,7 +55,7 @@ def write_bridge(folder: Path, weights: dict[str, Tensor], config: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     tensors = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
-    write_atomically(folder / CONFIG_FILE, lambda path: _write_text(path, text + "\n"))
+    write_text_atomically(folder / CONFIG_FILE, text + "\n")
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"config": text}))
     return folder
 

@@ -198,7 +198,7 @@ def _load_language_model(path: str | Path, dtype: torch.dtype | None, kwargs: Ma
     if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".")):
         raise FileNotFoundError(f"there is no language model at {path}; expected a folder of transformers'")
     try:
-        options = {"dtype": "auto" if dtype is None else dtype, **kwargs}
+        options = {"dtype": "auto" if dtype is None else dtype, "trust_remote_code": False, **kwargs}
         lm, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"no language model could be loaded from {path}: {str(error).splitlines()[0]}") from error

@@ -128,7 +128,7 @@ class MiniGPT4Processor(ImagePromptProcessor):
         if rows_per_image is None:
             rows_per_image = 32 if style == "vicuna" else (image_size // 14) ** 2 // 4
         pictures = BlipImageProcessorPil(size={"height": image_size, "width": image_size})
-        tokenizer = AutoTokenizer.from_pretrained(language_model, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(language_model, **{"trust_remote_code": False, **kwargs})
         if tokenizer.pad_token is None and "$$" in tokenizer.get_vocab():
             tokenizer.pad_token = "$$"
         return cls(pictures, tokenizer, rows_per_image=rows_per_image, style=style)

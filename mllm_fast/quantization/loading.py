@@ -62,6 +62,7 @@ def load(
             computation in any case.
         double_quant, compute_dtype, outliers, skip, include, gated_layers: as for `quantize_llm`.
         **kwargs: of transformers' `from_pretrained` (`revision`, `cache_dir`, `local_files_only`, `attn_implementation`).
+            Code that lies beside a model is run only with `trust_remote_code=True`.
 
     Returns:
         the model, in eval mode.
@@ -126,6 +127,8 @@ def _config(name: str | Path, kwargs: dict[str, Any]) -> Any:
     from ..models import FlamingoModelConfig, MiniGPT4Config, MplugOwlConfig  # noqa: F401
 
     hub = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "trust_remote_code", "force_download")
+    # Where nothing is said, transformers asks on the terminal whether to run the code that lies beside a model.
+    kwargs.setdefault("trust_remote_code", False)
     options = {key: kwargs[key] for key in hub if key in kwargs}
     if Path(name).is_dir() and not Path(name, options.get("subfolder", ""), "config.json").exists():
         raise _not_found(name, FileNotFoundError())

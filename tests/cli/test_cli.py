@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_fast import __version__, cli
+from mllm_fast import __version__, cli, information
 from mllm_fast.kernels import runtime
 from mllm_fast.models import captioner
 
@@ -38,7 +38,7 @@ def test_info_json_lists_devices_versions_and_every_op(capsys: pytest.CaptureFix
     assert len(info["devices"]) == 1 + torch.cuda.device_count()
     assert info["versions"]["torch"] == torch.__version__
     assert info["versions"]["mllm-fast"] == __version__
-    assert set(info["versions"]) == {"python", "mllm-fast", *cli.LIBRARIES}
+    assert set(info["versions"]) == {"python", "mllm-fast", *information.LIBRARIES}
     ops = {op["name"]: op for op in info["ops"]}
     assert set(ops) == {op.name for op in runtime.ops()}
     assert {"attention", "gated_residual", "layer_norm", "linear_residual", "norm_linear", "rms_norm"} <= set(ops)
@@ -46,6 +46,16 @@ def test_info_json_lists_devices_versions_and_every_op(capsys: pytest.CaptureFix
         assert op["implementation"] in ("torch", "triton")
         assert op["reason"]
         assert op["summary"]
+
+
+def test_info_json_comes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a user attached to a report of a bug can be shown as tables elsewhere."""
+    assert cli.main(["info", "--json"]) == 0
+    info = information.Info.from_json(capsys.readouterr().out)
+    assert info == information.collect_info()
+    assert info.system
+    information.print_info(info)
+    assert info.system.split("-")[0] in capsys.readouterr().out
 
 
 def test_info_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +67,7 @@ def test_info_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def test_info_without_an_optional_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "LIBRARIES", ("torch", "a-library-nobody-has"))
+    monkeypatch.setattr(information, "LIBRARIES", ("torch", "a-library-nobody-has"))
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["versions"]["a-library-nobody-has"] is None
     assert cli.main(["info"]) == 0

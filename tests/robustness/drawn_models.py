@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.families import blip_models, builders, llava_models, qformers, test_idefics2, test_mllama
 from tests.families.blocks import image_masks
 from tests.families.instruments import Results, backward_results
-from tests.models import flamingo_models, minigpt4_models, mplug_owl_models
+from tests.models import mplug_owl_models
 
 seeds = st.integers(0, 99)
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import nn
 
 import mllm_fast
@@ -110,7 +117,9 @@ class Life(RuleBasedStateMachine):
                 layer.unmerge()
 
     @rule()
-    @precondition(lambda self: lora_layers(self.model) and not any(layer.merged for _, layer in lora_layers(self.model)))
+    @precondition(
+        lambda self: lora_layers(self.model) and not any(layer.merged for _, layer in lora_layers(self.model))
+    )
     def lora_merge_and_unload(self) -> None:
         sequences.merge_lora(self.model)
 
