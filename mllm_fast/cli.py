@@ -72,6 +72,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="(%(default)s)")
     parser.add_argument("--num-beams", type=_positive, default=1, metavar="N", help="(%(default)s)")
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True, help="put the drop-ins in")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="replay the encoder side as CUDA graphs (needs a GPU)"
+    )
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -81,6 +84,8 @@ def _generate(args: argparse.Namespace) -> int:
     from .models.captioner import CONFIG_FILE, generate_captions
 
     if (Path(args.model) / CONFIG_FILE).is_file():
+        if args.cuda_graphs:
+            raise CommandError("a model that the demo made runs on the CPU, and CUDA graphs need a GPU; leave them off")
         length = {"max_new_tokens": args.max_new_tokens}
         captions = generate_captions(args.model, args.images, prompt=args.prompt, llm=args.llm, **length)
         for image, caption in zip(args.images, captions, strict=True):
@@ -89,7 +94,7 @@ def _generate(args: argparse.Namespace) -> int:
     from .pipeline import read_image
 
     images = [read_image(path) for path in args.images]
-    pipeline = _pipeline(args, fuse=args.fuse)
+    pipeline = _pipeline(args, fuse=args.fuse, cuda_graphs=args.cuda_graphs)
     length = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False}
     answers = pipeline.generate(images, args.prompt, **length)
     if len(answers) == len(images):
@@ -100,7 +105,7 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pipeline(args: argparse.Namespace, *, fuse: bool) -> Pipeline:
+def _pipeline(args: argparse.Namespace, *, fuse: bool, cuda_graphs: bool = False) -> Pipeline:
     import torch
     from transformers.utils import logging
 
@@ -110,7 +115,8 @@ def _pipeline(args: argparse.Namespace, *, fuse: bool) -> Pipeline:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return load_pipeline(args.model, llm=args.llm, fuse=fuse, dtype=dtype, device=args.device)
+    options = {"fuse": fuse, "cuda_graphs": cuda_graphs}
+    return load_pipeline(args.model, llm=args.llm, dtype=dtype, device=args.device, **options)
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:

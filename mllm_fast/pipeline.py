@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 # How a system without a chat template writes a prompt, by `config.model_type`: (images, prompt) -> text. `None` in place of
@@ -125,6 +125,7 @@ def load_pipeline(
     fuse: bool = True,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    cuda_graphs: bool = False,
 ) -> Pipeline:
     """A supported system from a local folder or the hub, with its processor.
 
@@ -134,8 +135,10 @@ def load_pipeline(
         fuse: whether to put the drop-ins in.
         dtype: default bf16 on a GPU and where the CPU has it, else fp32.
         device: default the first GPU, or the CPU.
+        cuda_graphs: replay the encoder side as CUDA graphs (`mllm_fast.fuse`); needs a GPU.
 
     Raises:
+        ValueError: CUDA graphs without a GPU or without the drop-ins.
         OSError: nothing is found under that name; says what was looked for.
     """
     from transformers import AutoProcessor
@@ -147,7 +150,7 @@ def load_pipeline(
     if dtype is None:
         narrow = torch.device(device).type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtype = torch.bfloat16 if narrow else torch.float32
-    model = load(str(name_or_path), llm=llm, fuse=fuse, dtype=dtype, device=device)
+    model = load(str(name_or_path), llm=llm, fuse=fuse, dtype=dtype, device=device, cuda_graphs=cuda_graphs)
     return Pipeline(model.eval(), AutoProcessor.from_pretrained(str(name_or_path), trust_remote_code=False))
 
 
@@ -171,7 +174,11 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except PermissionError:
+        raise
+    except (
+        Exception
+    ) as error:  # of damaged bytes Pillow's decoders raise anything: SyntaxError, struct.error, zlib.error
         raise ValueError(
             f"{path} is not an image that Pillow can read, or is damaged; expected a PNG, JPEG or the like"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,14 @@ from pathlib import Path
 
 import pytest
 
+import mllm_fast
+from tests import fresh_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 # Everything a build reads; the rest of a checkout (tests, .venv, caches) must not be needed.
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mllm_fast", "kernels")
+# What the source distribution also holds.
+READ = ("MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs", "examples")
 
 
 def _can_build() -> bool:
@@ -42,7 +48,7 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of what a build reads, links kept as links, so that building leaves nothing in this tree."""
     target = tmp_path / "checkout"
     target.mkdir()
-    for name in SOURCES:
+    for name in (*SOURCES, *READ):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -91,6 +97,10 @@ def test_wheel_built_from_the_sdist_holds_the_same(checkout: Path, tmp_path: Pat
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert not [member.name for member in archive if member.issym() or member.islnk()], "links break on unpacking"
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    written = [path for name in READ for path in (checkout / name, *(checkout / name).rglob("*")) if path.is_file()]
+    assert names >= {path.relative_to(checkout).as_posix() for path in written} | {"LICENSE", "README.md"}
+    assert not [name for name in names if name.startswith(("tests/", "bench/", ".")) or "__pycache__" in name]
     assert _pip_wheel(sdist, tmp_path / "wheel") == _expected(checkout)
 
 
@@ -112,6 +122,24 @@ def test_editable_install_needs_neither_network_nor_dependencies(checkout: Path,
     assert Path(package) == checkout / "mllm_fast" / "__init__.py"
     assert Path(runtime).resolve() == checkout / "kernels" / "runtime.py"
     assert (site / "bin" / "mllm-fast").exists()
+
+
+@needs_build
+def test_the_wheel_works_in_a_fresh_environment(checkout: Path, tmp_path: Path) -> None:
+    _pip_wheel(checkout, tmp_path / "wheel")
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    said = fresh_environment.check(wheel, tmp_path / "fresh")
+    assert "the installed package works" in said
+    assert f"mllm-fast {mllm_fast.__version__}" in said
+    assert "norm_linear" in said
+
+
+def test_version_and_changelog_agree() -> None:
+    """The version is semantic, and the changelog tells of it."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mllm_fast.__version__)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "## Unreleased" in changelog
+    assert mllm_fast.__version__ in changelog
 
 
 def test_other_projects_import_from_the_repository_root() -> None:
@@ -148,7 +176,5 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    import mllm_fast
-
     assert not hasattr(mllm_fast, "no_such_name")
     assert set(mllm_fast.__all__) <= set(dir(mllm_fast))

@@ -3,8 +3,9 @@
 The peers are what the documentation of PEFT and transformers tells people to write: the linear layers in NF4
 (bitsandbytes), `prepare_model_for_kbit_training`, LoRA or the unfrozen bridge, and `model(**batch, labels=...).loss`.
 Ours is the same model with the same bytes after `fuse(model, training=True)`, and `language_model_loss`. A call is one step
-without the optimiser, which is the same code for all: zero_grad, loss, backward. It returns a sample of every trained
-parameter's gradient, so that a peer that gets one of them wrong is not timed.
+without the optimiser, which is the same code for all: zero_grad, loss, backward. The gradients' memory is there before it,
+as when they are accumulated over several steps: what is compared is what a step takes beyond weights and gradients. It
+returns a sample of every trained parameter's gradient, so that a peer that gets one of them wrong is not timed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ UNSUPERVISED = 0.75
 # Gradient entries compared of each parameter.
 SAMPLED = 1 << 14
 DTYPE = torch.bfloat16
+
+# tanh of it lets the bridge's branches through; upstream starts with closed gates, which would hide errors.
+GATE = 0.7
 
 What = Literal["lora", "bridge"]
 
@@ -120,17 +124,24 @@ def _in_4_bits(model: nn.Module, what: What) -> nn.Module:
 
 @torch.no_grad()
 def _pretrained(device: torch.device, shape: Shape, what: What) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
     try:
-        with device:
+        with device, no_init_weights():
             model = _llama(shape) if what == "lora" else _idefics(shape)
     finally:
         torch.set_default_dtype(before)
+    # A billion normal numbers take half a minute; these come from a pool, whose length no row shares.
+    pool = torch.randn(1_000_003, device=device).to(DTYPE)
     for name, parameter in model.named_parameters():
-        if "alpha" in name:
-            parameter.fill_(0.7)
+        if parameter.ndim < 2 or "alpha" in name:
+            parameter.fill_(GATE if "alpha" in name else 0.0 if "bias" in name else 1.0)
+            continue
+        for part in parameter.view(-1).split(pool.numel()):
+            torch.mul(pool[: part.numel()], shape.hidden**-0.5, out=part)
     return _in_4_bits(model, what)
 
 
@@ -219,10 +230,12 @@ class Step:
         self, model: nn.Module, inputs: Mapping[str, Tensor], loss: Callable[..., Tensor], autocast: bool, norms: Tensor
     ) -> None:
         self.model, self.inputs, self.loss, self.autocast, self.norms = model, inputs, loss, autocast, norms
+        for parameter in trained(model).values():
+            parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self) -> Tensor:
         """[parameters * SAMPLED at most]: entries of each gradient, divided by the norm of that gradient's sample."""
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=False)
         device = self.inputs["input_ids"].device.type
         with torch.autocast(device, DTYPE) if self.autocast else contextlib.nullcontext():
             loss = self.loss(self.model, self.inputs)

@@ -192,6 +192,14 @@ _ENTRIES = (
             ("instructblipvideo.modeling_instructblipvideo.InstructBlipVideo", "InstructBlipVideo"),
         )
     ),
+    *(
+        Entry(f"{path}.{name}EncoderLayer", "vision_models", f"Fused{name}EncoderLayer", _BLOCK_OPS)
+        for path, name in (
+            (_BLIP2, "Blip2"),
+            (_INSTRUCTBLIP, "InstructBlip"),
+            (_INSTRUCTBLIP_VIDEO, "InstructBlipVideo"),
+        )
+    ),
     Entry("mllm_fast.models.flamingo.Flamingo", "flamingo", "FusedFlamingo", (), graphs="only"),
     Entry(
         "mllm_fast.models.mplug_owl_vision.MplugOwlVisionEncoderLayer",

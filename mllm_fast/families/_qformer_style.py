@@ -19,12 +19,10 @@ from ..modules.qformer_spec import AttentionNames, FfnNames, Layer, LayerCall, Q
 from ..modules.rows import Parts, Rows, defers_norm, joined, may_defer
 from ..modules.state import FusedState, Options
 from . import CannotFuseError, state_of
-from ._transformers import activation_name, asked_for, hooked, watched
+from ._transformers import KNOWN_ATTENTION, activation_name, asked_for, hooked, watched
 
 # The keyword by which a fused Q-Former tells its layers what to do; without it a layer runs upstream's forward.
 CALL = "mllm_fast_call"
-# Attention implementations of transformers that compute plain softmax attention, so that ours may stand in for them.
-KNOWN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 _ATTENTION = AttentionNames(
     module="attention.attention",

@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 PASSIVE_HOOKS.add(output_capturing.__name__)
 
+# Attention implementations of transformers that compute plain softmax attention, so that ours may stand in for them.
+KNOWN_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
     activations.GELUActivation: "gelu",
@@ -86,3 +89,18 @@ def asked_for(output: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.get(output)
     config = getattr(module, "config", None)
     return bool(getattr(config, output, False) if wanted is None else wanted)
+
+
+def runs_plain(attention: nn.Module, bypassed: Iterable[nn.Module], kwargs: dict[str, Any]) -> bool:
+    """Whether what is asked of a layer, or what hangs on modules that its drop-in does not call, is beyond the kernels.
+
+    Args:
+        attention: the layer's, which has the config.
+        bypassed: the modules that the drop-in does not call.
+        kwargs: of the layer's forward.
+    """
+    return (
+        asked_for("output_attentions", attention, kwargs)
+        or attention.config._attn_implementation not in KNOWN_ATTENTION
+        or any(map(hooked, bypassed))
+    )

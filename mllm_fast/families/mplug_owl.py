@@ -20,8 +20,7 @@ from ..modules.state import FusedState, Options
 from ..modules.vision_layer import VisionLayerSpec, run_vision_layer
 from ..modules.visual_abstractor import AbstractorLayerSpec, Layer, LayerNames, project_image, run_layer
 from . import named_like_upstream, state_of
-from ._qformer_style import KNOWN_ATTENTION
-from ._transformers import activation_name, asked_for, hooked
+from ._transformers import activation_name, runs_plain
 
 # The keyword by which a fused encoder tells its layers that they are given keys and values instead of the image.
 PROJECTED = "mllm_fast_projected"
@@ -39,15 +38,6 @@ _NAMES = LayerNames(
     ffn_inner_norm="crossattention.output.mlp.ffn_ln",
     ffn_down="crossattention.output.mlp.w2",
 )
-
-
-def _runs_plain(attention: nn.Module, bypassed: tuple[nn.Module, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether what is asked for, or what hangs on modules that a drop-in does not call, is beyond the kernels."""
-    return (
-        asked_for("output_attentions", attention, kwargs)
-        or attention.config._attn_implementation not in KNOWN_ATTENTION
-        or any(map(hooked, bypassed))
-    )
 
 
 @named_like_upstream
@@ -74,7 +64,7 @@ class FusedMplugOwlVisionEncoderLayer(MplugOwlVisionEncoderLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attention, mlp = self.self_attn, self.mlp
-        if _runs_plain(attention, (attention, mlp, mlp.activation_fn), kwargs):
+        if runs_plain(attention, (attention, mlp, mlp.activation_fn), kwargs):
             return super().forward(hidden_states, **kwargs)
         dropout_p = attention.attention_dropout if attention.training else 0.0
         return run_vision_layer(self, self._mllm_fast.spec, self._mllm_fast, hidden_states, dropout_p=dropout_p)
@@ -116,7 +106,7 @@ class FusedMplugOwlVisualAbstractorLayer(MplugOwlVisualAbstractorLayer):
 def _layer_runs_plain(layer: nn.Module, kwargs: dict[str, Any]) -> bool:
     cross = layer.crossattention
     bypassed = (cross, cross.attention, cross.output, cross.output.mlp, cross.output.mlp.act)
-    return _runs_plain(cross.attention, bypassed, kwargs)
+    return runs_plain(cross.attention, bypassed, kwargs)
 
 
 @named_like_upstream

@@ -142,8 +142,8 @@ def _summary(run: StageRun) -> str:
     update = settings.batch_size * settings.accumulation
     return (
         f"stage {run.stage.name}: {settings.steps} steps of {update} samples out of {len(run.dataset)}{held_out}; "
-        f"learning rate {settings.learning_rate:g} ({settings.schedule}, {settings.warmup_steps} steps of warm-up), weight decay "
-        f"{settings.weight_decay:g}, {settings.optimizer}"
+        f"learning rate {settings.learning_rate:g} ({settings.schedule}, {settings.warmup_steps} steps of warm-up), "
+        f"weight decay {settings.weight_decay:g}, {settings.optimizer}"
     )
 
 

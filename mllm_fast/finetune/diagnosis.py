@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +102,8 @@ class _Watch:
 
     @contextlib.contextmanager
     def of_gradients(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        # A module whose inputs ask for no gradient is told of those of its output: nothing to warn of.
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
         handles = [register_module_full_backward_hook(self.saw_gradient)]
         handles += [p.register_hook(self._parameter_hook(name)) for name, p in parameters.items()]
         try:
@@ -208,7 +211,7 @@ def _backward(
     # FSDP leaves gradients in the parameters only once they were sent round.
     with gradients_kept_here(module, kept=not isinstance(module, FSDPModule)):
         try:
-            with watch.of_gradients(trained):
+            with warnings.catch_warnings(), watch.of_gradients(trained):
                 _gradients(module, done, send, processes)
         except RuntimeError:
             # Something is changed in place that the hooks look at: go without the modules' names.

@@ -95,7 +95,7 @@ class Evaluation:
     def _loss(self) -> dict[str, float]:
         order = _InOrder(len(self.dataset), self.settings, self.processes)
         device, totals = self.processes.device, dict[str, Any]()
-        loader = batches(self.dataset, self.collate, order, workers=self.settings.workers, pin=device.type == "cuda")  # type: ignore[arg-type]
+        loader = batches(self.dataset, self.collate, order, workers=self.settings.workers, pin=device.type == "cuda")
         for number, (rows, batch) in enumerate(loader):
             loss, count, parts = self.module(send_to_device(batch, device, non_blocking=True))
             weight = torch.tensor(float(len(rows)), device=loss.device) if count is None else count

@@ -3,8 +3,9 @@
     with FeatureCache(model, "features"):
         train(plan, ...)
 
-What is kept is what the vision model gave, byte for byte, so a run with a cache computes what one without it computes, as far
-as a picture's features do not depend on the others of its batch (GEMM libraries may round otherwise for other batch sizes).
+What is kept is what the vision model gave, byte for byte: a run with a cache has the losses of one without, bit for bit on a
+CPU. Where several samples share a picture they may differ in the last bit, because it is computed once, in the first of its
+batches, and GEMM libraries round otherwise for another number of rows.
 """
 
 from __future__ import annotations
@@ -115,11 +116,9 @@ class FeatureCache:
         if missing:
             rows = torch.tensor([keys.index(key) for key in missing], device=pixels.device)
             if len(missing) < len(keys):
-                pixels_left, kwargs_left = pixels[rows], {n: _rows(v, rows, len(keys)) for n, v in kwargs.items()}
-            else:
-                pixels_left, kwargs_left = pixels, kwargs
+                kwargs = {name: _rows(value, rows, len(keys)) for name, value in kwargs.items()}
             with _evaluation(module), torch.no_grad():
-                out = forward(pixels_left, **kwargs_left)
+                out = forward(pixels[rows] if len(missing) < len(keys) else pixels, **kwargs)
             self.computed += len(missing)
             fields, states = _taken_apart(out, self._states_read(out))
             made = [_Features({n: value[i] for n, value in fields.items()}, states) for i in range(len(missing))]

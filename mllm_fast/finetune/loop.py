@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -356,7 +356,7 @@ class _Run:
         )
 
 
-def _iterate(loader: Any) -> Iterator[Any]:
+def _iterate(loader: Any) -> Generator[Any]:
     """The loader's batches, as a generator: something that can be closed."""
     yield from loader
 

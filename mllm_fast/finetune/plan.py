@@ -150,13 +150,13 @@ def part_rows(
     model: nn.Module,
     parts: Mapping[str, Iterable[nn.Module | nn.Parameter]],
     optimizer: Optimizer,
-    activations: Mapping[str, int] | None = None,
+    activations: Mapping[str, int | None] | None = None,
 ) -> list[PartRow]:
     """The model's parameters by part; one that several parts share is counted in the first of them.
 
     Args:
         parts: modules and parameters by name; what is in none of them is "the rest".
-        activations: estimated bytes by part.
+        activations: estimated bytes by part; None where that is not known.
     """
     of: dict[int, str] = {}
     for part, members in parts.items():

@@ -15,6 +15,7 @@ from ..fusion import NothingToFuseError, fuse
 from ..quantization.selection import quantized_layers
 from . import checkpointing as blocks
 from .checkpointing import Checkpointing
+from .estimate import activations
 from .lora import Lora, find_targets, inject, lora_layers, lora_parameters, same_lora
 from .memory import BatchShape
 from .plan import FinetuningPlan, Optimizer, PartRow, part_rows
@@ -101,7 +102,9 @@ def prepare_finetuning(
         blocks.apply(base, checkpoints, checkpointing)
         ids = {id(p) for p in (*trained, *adapters)}
         names = tuple(name for name, p in model.named_parameters() if id(p) in ids)
-        rows = part_rows(base, _labels(base, recipe, members, roots), optimizer)
+        labels = _labels(base, recipe, members, roots)
+        estimates = None if batch is None else activations(base, recipe, batch, compute_dtype, checkpointing, labels)
+        rows = part_rows(base, labels, optimizer, estimates)
         plan = FinetuningPlan(model, train, rows, names, compute_dtype, optimizer)
         undo.pop_all()
     return plan

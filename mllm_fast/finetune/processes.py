@@ -51,7 +51,9 @@ class LossModule(nn.Module):
             )
         if count is not None:
             count = torch.as_tensor(count, device=loss.device).detach().float().reshape(())
-        return loss.reshape(()), count, {k: torch.as_tensor(v).detach().float().reshape(()) for k, v in parts.items()}
+        # A view of it would keep FSDP from seeing where backward begins.
+        loss = loss if loss.dim() == 0 else loss.sum()
+        return loss, count, {k: torch.as_tensor(v).detach().float().reshape(()) for k, v in parts.items()}
 
 
 def _said(found: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch
 
 def take(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The states of torch (and of `device`), numpy and Python, as tensors and numbers: nothing that needs pickled code."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # what libraries draw from
+    kind, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002  # what libraries draw from
     version, internal, next_gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +22,10 @@ CONFIG_FILE = "bridge.json"
 
 class BridgeMismatchError(ValueError):
     """A saved bridge does not fit the model it is loaded into; the message lists every difference."""
+
+
+class DamagedBridgeError(ValueError):
+    """A file of a saved bridge holds something else; the message names it."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -69,14 +73,24 @@ def read_bridge_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `folder` lacks one of the two files.
+        DamagedBridgeError: the file holds no configuration.
     """
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"no bridge in {folder}: {' and '.join(missing)} missing; expected a folder from save_bridge"
         )
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(folder / CONFIG_FILE, error) from error
+    if not isinstance(config, dict):
+        raise _damaged(folder / CONFIG_FILE, f"it holds a {type(config).__name__}")
     return config
+
+
+def _damaged(file: Path, reason: object) -> DamagedBridgeError:
+    return DamagedBridgeError(f"{file} is damaged ({reason}); save the bridge again")
 
 
 def read_bridge_weights(
@@ -89,7 +103,17 @@ def read_bridge_weights(
     Raises:
         FileNotFoundError: `folder` lacks one of the two files.
         BridgeMismatchError: the configuration differs, or tensors are missing, unexpected or of another shape.
+        DamagedBridgeError: one of the files holds something else.
     """
+    try:
+        return _read_weights(folder, own, own_config, later)
+    except SafetensorError as error:
+        raise _damaged(folder / WEIGHTS_FILE, error) from error
+
+
+def _read_weights(
+    folder: Path, own: dict[str, Tensor], own_config: dict[str, Any], later: dict[str, Any]
+) -> dict[str, Tensor]:
     config = read_bridge_config(folder)
     meant = {**later, **config}
     problems = [

@@ -18,10 +18,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from ..pipeline import read_image
 from ..quantization import load, quantize_llm
+from .bridge_file import DamagedBridgeError
 from .flamingo import Flamingo
 from .patch_encoder import PatchEncoder
 
@@ -78,13 +80,8 @@ class Captioner:
     def read(self, path: str | Path) -> Tensor:
         """An image file as [channels, size, size] in 0 to 1, light on dark: a bright border means ink on paper."""
         size, channels = self.model.vision_encoder.config["image_size"], self.model.vision_encoder.config["channels"]
-        try:
-            with Image.open(path) as image:
-                small = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BOX)
-        except UnidentifiedImageError as error:
-            raise ValueError(
-                f"{path} is not an image that Pillow can read; expected a PNG, JPEG or the like"
-            ) from error
+        image = read_image(path)
+        small = (image.convert("L") if channels == 1 else image).resize((size, size), Image.Resampling.BOX)
         pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255.0).reshape(size, size, channels)
         border = torch.cat((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
         return (1 - pixels if border.mean() > 0.5 else pixels).permute(2, 0, 1)
@@ -137,7 +134,12 @@ class Captioner:
             raise FileNotFoundError(
                 f"no captioner in {folder}: {', '.join(missing)} missing; expected a folder such as `mllm-fast demo` writes"
             )
-        vision = PatchEncoder(**json.loads((folder / CONFIG_FILE).read_text())["vision"])
+        try:
+            vision = PatchEncoder(**json.loads((folder / CONFIG_FILE).read_text())["vision"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedBridgeError(
+                f"{folder / CONFIG_FILE} is damaged: expected the options of the vision encoder under 'vision' ({error})"
+            ) from error
         with _no_progress_bars():
             lm = load(folder / LANGUAGE_MODEL_FOLDER, dtype=None, device="cpu", fuse=False)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER_FOLDER, local_files_only=True)

@@ -22,7 +22,7 @@ from ..modules import GatedCrossAttentionBlock, PerceiverResampler
 from ..modules.gated_cross_attention import media_keys_values
 from ..modules.media_context import MediaContext
 from ..modules.state import readable_on_host
-from .bridge_file import read_bridge_config, read_bridge_weights, write_bridge
+from .bridge_file import DamagedBridgeError, read_bridge_config, read_bridge_weights, write_bridge
 from .conditioning import (
     Channel,
     Conditioning,
@@ -374,7 +374,12 @@ class Flamingo(nn.Module):
     @classmethod
     def from_bridge(cls, path: str | Path, lm: nn.Module, vision_encoder: nn.Module) -> Flamingo:
         """Build the model that the bridge at `path` was saved from, over `lm` and `vision_encoder`, and load it."""
-        model = cls(lm, vision_encoder, FlamingoConfig(**read_bridge_config(Path(path))))
+        given = read_bridge_config(Path(path))
+        try:
+            config = FlamingoConfig(**given)
+        except TypeError as error:  # options that are missing, or that no version has
+            raise DamagedBridgeError(f"the configuration in {path} is not that of a bridge: {error}") from error
+        model = cls(lm, vision_encoder, config)
         model.load_bridge(path)
         return model
 

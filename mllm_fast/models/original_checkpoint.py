@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 # What a folder may hold, in the order in which it is looked for: safetensors before pickles, whole before sharded.
@@ -22,6 +22,10 @@ NESTED = ("model", "model_state_dict", "state_dict")
 
 class CheckpointMismatchError(ValueError):
     """An original checkpoint does not fit the model; the message lists every difference."""
+
+
+class UnreadableCheckpointError(ValueError):
+    """A file that is damaged, or no checkpoint, or holds what is not loaded; the message names it, in one line."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def read_checkpoint(path: str | Path, *, nested: Sequence[str] = NESTED, meta: b
 
     Raises:
         FileNotFoundError: there is no such file, or the folder holds no weights.
-        ValueError: the file holds more than tensors and plain values, is damaged or not a checkpoint, or has no tensors.
+        UnreadableCheckpointError: the file holds more than tensors and plain values, is damaged or not a checkpoint, or has
+            no tensors.
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
@@ -73,11 +78,17 @@ def read_checkpoint(path: str | Path, *, nested: Sequence[str] = NESTED, meta: b
             tensors |= (
                 _read_safetensors(file, meta) if file.suffix == ".safetensors" else _read_pickle(file, nested, meta)
             )
-        except (RuntimeError, EOFError, SafetensorError) as error:
+        except (UnreadableCheckpointError, PermissionError):
+            raise
+        except (
+            Exception
+        ) as error:  # of damaged bytes their readers raise anything: KeyError, struct.error, UnicodeDecodeError
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{file} is damaged or no checkpoint; copy it here again ({reason})") from error
+            raise UnreadableCheckpointError(
+                f"{file} is damaged or no checkpoint; copy it here again ({reason})"
+            ) from error
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; expected the parameters of a model")
+        raise UnreadableCheckpointError(f"{path} holds no tensors; expected the parameters of a model")
     return tensors
 
 
@@ -91,12 +102,25 @@ def _files(path: Path) -> list[Path]:
             return [path / name]
         index = path / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = _shards(index)
             missing = [shard for shard in shards if not (path / shard).is_file()]
             if missing:
                 raise FileNotFoundError(f"{path} lacks {', '.join(missing)}, which {index.name} names")
             return [path / shard for shard in shards]
     raise FileNotFoundError(f"no weights in {path}; expected {' or '.join(FOLDER_FILES)}, whole or in shards")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnreadableCheckpointError(
+            f"{index} is damaged; expected JSON whose weight_map says which file holds which tensor"
+        ) from error
+    if strange := [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]:
+        raise UnreadableCheckpointError(f"{index} names {', '.join(map(str, strange))}; expected files beside it")
+    return shards
 
 
 def _read_safetensors(file: Path, meta: bool) -> dict[str, Tensor]:
@@ -113,7 +137,7 @@ def _read_pickle(file: Path, nested: Sequence[str], meta: bool) -> dict[str, Ten
         mapped = zipfile.is_zipfile(file) and not meta
         loaded = torch.load(file, map_location="meta" if meta else "cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UnreadableCheckpointError(
             f"{file} is not a checkpoint of tensors and plain values, and nothing else is loaded, because a pickle can run "
             f"code; convert it to safetensors where you trust it ({str(error).splitlines()[0]})"
         ) from error
@@ -122,7 +146,9 @@ def _read_pickle(file: Path, nested: Sequence[str], meta: bool) -> dict[str, Ten
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}; expected a mapping from names to tensors")
+        raise UnreadableCheckpointError(
+            f"{file} holds a {type(loaded).__name__}; expected a mapping from names to tensors"
+        )
     return {name: value.detach() for name, value in loaded.items() if isinstance(value, Tensor)}
 
 

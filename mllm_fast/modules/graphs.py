@@ -12,7 +12,7 @@ import functools
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ MAX_BUCKETS = 8
 # Modules of libraries whose forward hooks only record outputs, and do so while a graph is captured; families add theirs.
 PASSIVE_HOOKS: set[str] = set()
 # Arguments that are not tensors are part of the shape, and must be constants.
-_CONSTANTS = (type(None), bool, int, float, str)
+_LEAVES = (Tensor, type(None), bool, int, float, str)
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -111,16 +111,13 @@ class Fingerprint:
         self._attributes = [m.__dict__ for m in modules]
         self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         self.tensors = [x for x in self._members if isinstance(x, Tensor)]
+        # Whether all weights are ordinary tensors, not packed or sharded ones, which depend on more than they show.
+        self.plain = all(type(t) in _PLAIN for t in self.tensors)
         self._versioned = [t for t in self.tensors if not t.is_inference()]
         # While a storage lives, nothing else comes to lie where it lies.
         self._storages = [StorageWeakRef(t.untyped_storage()) for t in self.tensors] if self.plain else []
         self._cdata = [storage.cdata for storage in self._storages]
         self._state = self._read_state() if self.plain else None
-
-    @property
-    def plain(self) -> bool:
-        """Whether all weights are ordinary tensors, not packed or sharded ones, which depend on more than they show."""
-        return all(type(t) in _PLAIN for t in self.tensors)
 
     def _read_members(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._tables))]
@@ -217,7 +214,7 @@ class Graphs:
         kwargs = {} if kwargs is None else kwargs
         if torch.compiler.is_compiling() or _inside.get():
             return run(*args, **kwargs)
-        leaves, structure = pytree.tree_flatten((args, kwargs))
+        leaves, structure = _flat(args, kwargs)
         self.skipped = self._refusal(capture, parts, leaves)
         if self.skipped is not None:
             return run(*args, **kwargs)
@@ -240,7 +237,7 @@ class Graphs:
         self, capture: Capture, bucket: Hashable, run: Callable[..., Any], leaves: Sequence[Any], structure: Any
     ) -> _Graph | None:
         def captured_run(buffers: list[Any]) -> Any:
-            args, kwargs = pytree.tree_unflatten(buffers, structure)
+            args, kwargs = _nested(buffers, structure)
             return run(*args, **kwargs)
 
         try:
@@ -274,7 +271,7 @@ class Graphs:
             self._fingerprint = fingerprint = Fingerprint(parts)
         if any(t.device != device for t in tensors) or any(t.device != device for t in fingerprint.tensors[:1]):
             return "its inputs and weights lie on several devices"
-        if any(not isinstance(leaf, (*_CONSTANTS, Tensor)) for leaf in leaves):
+        if any(not isinstance(leaf, _LEAVES) for leaf in leaves):
             return "an argument is neither a tensor nor a constant"
         if torch.is_grad_enabled() and any(t.requires_grad for t in chain(tensors, fingerprint.tensors)):
             return "gradients are wanted"
@@ -310,6 +307,26 @@ def replayed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     call.replays = True  # type: ignore[attr-defined]
     return call
+
+
+def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Hashable]:
+    """The leaves of a call, and its structure; the reverse of `_nested`.
+
+    Nearly always nothing is nested: (how many are positional, names of the others) is then found, hashed and compared in a
+    fraction of a tree's time.
+    """
+    leaves = [*args, *kwargs.values()]
+    if all(isinstance(leaf, _LEAVES) for leaf in leaves):
+        return leaves, (len(args), *kwargs)
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _nested(leaves: list[Any], structure: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+    if isinstance(structure, pytree.TreeSpec):
+        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        return args, kwargs
+    number, *names = structure
+    return leaves[:number], dict(zip(names, leaves[number:], strict=True))
 
 
 def _kind(leaf: Any) -> Hashable:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import logging
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..fusion import NothingToFuseError, fuse
@@ -27,6 +30,10 @@ class ModelNotFoundError(FileNotFoundError):
     """No model under this name: not a folder, not in the local cache, and not to be had from the hub."""
 
 
+class UnreadableModelError(ValueError):
+    """The files of a model are damaged, or hold what is not loaded; the message names the folder and the reason."""
+
+
 def load(
     name_or_path: str | Path,
     llm: Literal["nf4", "fp4", "int8"] | None = None,
@@ -38,6 +45,7 @@ def load(
     level: int = 1,
     fixes: str | Iterable[str] = (),
     prepack: bool = False,
+    cuda_graphs: bool = False,
     double_quant: bool = False,
     compute_dtype: torch.dtype | None = None,
     outliers: Literal["llm_int8"] | None = None,
@@ -58,8 +66,8 @@ def load(
         dtype: of everything that is not quantised; None: as in the checkpoint.
         device: where to; default: the first GPU, or the CPU where there is none.
         device_map: transformers' own way to spread a model, in place of `device`.
-        fuse: put the drop-ins in (`mllm_fast.fuse` with `level`, `fixes` and `prepack`). Quantised layers run mllm_fast's
-            computation in any case.
+        fuse: put the drop-ins in (`mllm_fast.fuse` with `level`, `fixes`, `prepack` and `cuda_graphs`). Quantised layers
+            run mllm_fast's computation in any case.
         double_quant, compute_dtype, outliers, skip, include, gated_layers: as for `quantize_llm`.
         **kwargs: of transformers' `from_pretrained` (`revision`, `cache_dir`, `local_files_only`, `attn_implementation`).
             Code that lies beside a model is run only with `trust_remote_code=True`.
@@ -69,6 +77,7 @@ def load(
 
     Raises:
         ModelNotFoundError: there is no such folder, and the name is neither in the cache nor on a hub that answers.
+        UnreadableModelError: its files are damaged, or hold pickled code.
         UnmatchedNameError, NothingToQuantizeError, NothingToFuseError: as `quantize_llm` and `fuse`.
         ValueError: arguments that do not go together, or a checkpoint that is quantised in another way already.
     """
@@ -80,6 +89,8 @@ def load(
     if device_map is None:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         device_map = {"": device}
+    if cuda_graphs:
+        check_cuda_graphs(device, fuse=fuse)
     config = _config(name_or_path, kwargs)
     model_class = _model_class(config, name_or_path)
     stored = getattr(config, "quantization_config", None)
@@ -101,13 +112,29 @@ def load(
             layer.compute_dtype, layer.compute_type_is_set = compute_dtype, True
     if fuse:
         try:
-            _fuse(model, level=level, fixes=fixes, prepack=prepack)
+            _fuse(model, level=level, fixes=fixes, prepack=prepack, cuda_graphs=cuda_graphs)
         except NothingToFuseError:
             if not quantized_layers(model):
                 raise
     if selection is not None:
         logger.info("%s\n%s", name_or_path, quantization_report(model, selection))
     return model.eval()
+
+
+def check_cuda_graphs(device: str | torch.device | None, *, fuse: bool) -> None:
+    """Raise ValueError where CUDA graphs can have no effect: on such a device, or without the drop-ins.
+
+    Args:
+        device: that the model is to run on; None: not known yet.
+        fuse: whether the drop-ins are put in.
+    """
+    if not fuse:
+        raise ValueError("CUDA graphs replay the drop-ins, which fuse=False leaves out; ask for one of the two")
+    if device is not None and torch.device(device).type != "cuda":
+        raise ValueError(
+            f"CUDA graphs need a GPU, but the model is to run on {device}; choose device 'cuda' on a machine that has one, "
+            "or leave CUDA graphs off"
+        )
 
 
 def _plan(model_class: Any, config: Any, **choice: Any) -> tuple[Selection, list[str]]:
@@ -135,7 +162,11 @@ def _config(name: str | Path, kwargs: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(name, **options)
     except OSError as error:
+        if Path(name).is_dir():  # config.json is there
+            raise _unreadable(name, error) from error
         raise _not_found(name, error) from error
+    except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:
+        raise _unreadable(name, error) from error
 
 
 def _from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
@@ -143,6 +174,16 @@ def _from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
         return model_class.from_pretrained(name, **kwargs)
     except OSError as error:
         raise _not_found(name, error) from error
+    except (SafetensorError, EOFError, json.JSONDecodeError) as error:
+        raise _unreadable(name, error) from error
+    except pickle.UnpicklingError as error:
+        reason = "it holds pickled objects other than tensors, which can run code; convert it to safetensors where you trust it"
+        raise _unreadable(name, reason) from error
+
+
+def _unreadable(name: str | Path, reason: object) -> UnreadableModelError:
+    lines = str(reason).strip().splitlines() or [type(reason).__name__]
+    return UnreadableModelError(f"the model {name} cannot be read; is it damaged? ({lines[0]})")
 
 
 def _not_found(name: str | Path, error: OSError) -> ModelNotFoundError:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mllm_fast import cli
 from mllm_fast.pipeline import drawn_image, load_pipeline, read_image
+from mllm_fast.quantization import loading
 from tests.cli.systems import SYSTEMS
 
 # Several images are several prompts.
@@ -52,6 +53,25 @@ def test_generate_says_the_same_fused_and_unfused(
     assert all(any(line.startswith(p) for p in pictures) for line in lines if name in ONE_IMAGE)
     pipeline = load_pipeline(folders[name], fuse=False, device="cpu")
     assert len(pipeline.generate([read_image(p) for p in pictures], max_new_tokens=2)) == len(lines)
+
+
+def test_generate_with_cuda_graphs(
+    folders: dict[str, Path], pictures: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("generate", str(folders["llava"]), pictures[0], "--max-new-tokens", "2")
+    status, _, err = run(capsys, *command, "--cuda-graphs", "--device", "cpu")
+    assert status == 2 and err.count("\n") == 1
+    assert "CUDA graphs need a GPU" in err and "device 'cuda'" in err
+    status, _, err = run(capsys, *command, "--cuda-graphs", "--no-fuse")
+    assert status == 2 and "fuse=False" in err
+    # Fused with them, it runs on a CPU too.
+    monkeypatch.setattr(loading, "check_cuda_graphs", lambda *_, **__: None)
+    fused: list[bool] = []
+    fuse = loading._fuse
+    monkeypatch.setattr(loading, "_fuse", lambda m, **given: fused.append(given["cuda_graphs"]) or fuse(m, **given))
+    said = [run(capsys, *command, "--device", "cpu", *flag) for flag in ((), ("--cuda-graphs",))]
+    assert said[0] == said[1] and said[0][0] == 0
+    assert fused == [False, True]
 
 
 @pytest.mark.parametrize("llm", ["nf4", "int8"])

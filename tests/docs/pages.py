@@ -100,6 +100,9 @@ def _check_mllm_fast(words: list[str]) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             assert cli.main(words[1:]) == 0, f"{words} failed"
         return
+    if len(words) == 2:  # named, not called
+        assert words[1] in {command.name for command in cli.COMMANDS}, f"{words}: there is no such command"
+        return
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

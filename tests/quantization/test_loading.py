@@ -143,6 +143,8 @@ def test_without_quantising_and_without_fusing(folder: Path) -> None:
     assert report.fused
     fixed = mllm_fast.load(folder, "nf4", level=2, fixes="all", prepack=True)
     assert fixed._mllm_fast.options.level == 2
+    replayed = mllm_fast.load(folder, device_map="cpu", cuda_graphs=True)
+    assert replayed._mllm_fast.options.cuda_graphs and not fixed._mllm_fast.options.cuda_graphs
 
 
 def test_outliers(folder: Path) -> None:
@@ -177,6 +179,12 @@ def test_clear_errors(folder: Path, tmp_path: Path) -> None:
         mllm_fast.load(_write(tmp_path / "gptq", config | {"quantization_config": {"quant_method": "gptq"}}), "nf4")
     with pytest.raises(ValueError, match="both device and device_map"):
         mllm_fast.load(folder, device="cpu", device_map="auto")
+    with pytest.raises(
+        ValueError, match="CUDA graphs need a GPU, but the model is to run on cpu; choose device 'cuda'"
+    ):
+        mllm_fast.load(folder, device="cpu", cuda_graphs=True)
+    with pytest.raises(ValueError, match="which fuse=False leaves out"):
+        mllm_fast.load(folder, device="cuda", fuse=False, cuda_graphs=True)
     with pytest.raises(ValueError, match="llm is None, so nothing is quantised"):
         mllm_fast.load(folder, skip=["q_proj"])
     with pytest.raises(ValueError, match="unknown kind 'nf5'"):

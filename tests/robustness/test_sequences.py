@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -175,4 +175,6 @@ class Life(RuleBasedStateMachine):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_any_sequence(system: str) -> None:
     machine = type(f"Life of {system}", (Life,), {"system": system})
-    run_state_machine_as_test(machine, settings=settings(max_examples=6, stateful_step_count=14))
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=6, stateful_step_count=14, phases=(Phase.generate,))
+    )

@@ -1,0 +1,331 @@
+"""The formulas of `memory.py`, with the sizes of a model at hand: what a step keeps, by part of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families import class_path, state_of
+from ..families.recipes import Recipe, resolve
+from ..modules import children
+from ..modules.gated_cross_attention import GatedCrossAttentionSpec
+from ..modules.perceiver_resampler import PerceiverResamplerSpec
+from ..modules.qformer_spec import QFormerLayerSpec
+from ..modules.state import FusedState
+from . import memory
+from .checkpointing import Checkpointing
+from .lora import lora_layers
+from .memory import BatchShape
+
+_HF = "transformers.models"
+_GATED_MLP = frozenset(
+    f"{_HF}.{path}DecoderLayer"
+    for path in (
+        "llama.modeling_llama.Llama", "mistral.modeling_mistral.Mistral", "qwen2.modeling_qwen2.Qwen2",
+        "idefics.modeling_idefics.Idefics",
+    )
+)  # fmt: skip
+_OPT = f"{_HF}.opt.modeling_opt.OPTDecoderLayer"
+_MLLAMA = f"{_HF}.mllama.modeling_mllama.MllamaSelfAttentionDecoderLayer"
+# Read text with their queries, whose length a `BatchShape` does not say.
+_INSTRUCTED = ("instructblip", "blip2_stage1", "Retrieval")
+
+
+@dataclass
+class _Block:
+    """Bytes that one block keeps, None where no formula is for it; `n` elements go in. `again`: it can be checkpointed."""
+
+    module: nn.Module
+    kept: int | None
+    goes_in: int = 0
+    again: bool = True
+
+
+def activations(
+    model: nn.Module,
+    recipe: Recipe,
+    batch: BatchShape,
+    compute_dtype: torch.dtype,
+    checkpointing: Checkpointing,
+    labels: Mapping[str, Iterable[nn.Module | nn.Parameter]],
+) -> dict[str, int | None]:
+    """Estimated bytes kept between forward and backward, by part; None for parts that no formula is for.
+
+    Args:
+        model: prepared: frozen and trained parameters are known.
+        labels: modules and parameters of each part, as in the plan's table.
+    """
+    of: dict[int, str] = {}
+    for part, members in labels.items():
+        for member in members:
+            for p in [member] if isinstance(member, nn.Parameter) else member.parameters():
+                of.setdefault(id(p), part)
+    sizes = _Sizes(model, recipe, batch, compute_dtype.itemsize)
+    blocks = [*sizes.bridge(), *sizes.decoder(compute_dtype)]
+    totals: dict[str, int | None] = dict.fromkeys(labels, 0)
+    totals["the rest"] = 0
+    covered = {id(p) for block in blocks for p in block.module.parameters()}
+    # Parts that are trained and have no formula.
+    for p in model.parameters():
+        if p.requires_grad and p.ndim > 1 and id(p) not in covered and not _is_embedding(model, p):
+            totals[of.get(id(p), "the rest")] = None
+    largest: tuple[int, str] | None = None
+    for block in blocks:
+        part = _part(block.module, of)
+        kept = block.kept
+        if checkpointing != "none" and block.again and kept is not None:
+            if largest is None or kept > largest[0]:
+                largest = kept, part
+            kept = block.goes_in if checkpointing == "recompute" else 0
+        held = totals[part]
+        totals[part] = None if kept is None or held is None else held + kept
+    if largest is not None:  # one block at a time is computed again
+        held = totals[largest[1]]
+        totals[largest[1]] = None if held is None else held + largest[0]
+    return totals
+
+
+def _part(module: nn.Module, of: Mapping[int, str]) -> str:
+    """That of most of its parameters, LoRA left out."""
+    counts: dict[str, int] = {}
+    for p in module.parameters():
+        part = of.get(id(p), "the rest")
+        counts[part] = counts.get(part, 0) + (p.numel() if part != "lora" else 0)
+    return max(counts, key=counts.__getitem__, default="the rest")
+
+
+def _is_embedding(model: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(isinstance(m, nn.Embedding) and m.weight is parameter for m in model.modules())
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+class _Sizes:
+    """A model and a batch, and the blocks that keep something of it."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, batch: BatchShape, e: int) -> None:
+        self.model, self.recipe, self.batch, self.e = model, recipe, batch, e
+        self.tokens, self.images = batch.samples * batch.tokens, batch.samples * batch.images
+        self.specs = [(m, s.spec) for m in model.modules() if (s := _state(m)) is not None and s.spec is not None]
+        self.resamplers = [(m, spec) for m, spec in self.specs if isinstance(spec, PerceiverResamplerSpec)]
+        self.gated = [(m, spec) for m, spec in self.specs if isinstance(spec, GatedCrossAttentionSpec)]
+        self.qformer = [(m, spec) for m, spec in self.specs if isinstance(spec, QFormerLayerSpec)]
+
+    def rounded(self, module: nn.Module) -> int:
+        """Elements of trained matrices that are wider than e, whose rounded copies are kept."""
+        return sum(
+            p.numel() for p in module.parameters() if p.requires_grad and p.ndim > 1 and p.element_size() > self.e
+        )
+
+    def stream(self, module: nn.Module) -> int:
+        """Bytes of an element of the stream inside a block of the bridge: that of its parameters."""
+        return max((p.element_size() for p in module.parameters()), default=self.e)
+
+    def patches(self) -> int | None:
+        """Tokens that the vision model makes of an image, the one of its class counted."""
+        config: Any = getattr(getattr(self.model, "config", None), "vision_config", None)
+        size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+        if self.batch.patches is not None or not isinstance(size, int) or not isinstance(patch, int):
+            return self.batch.patches
+        return int((size // patch) ** 2 + 1)
+
+    def media(self) -> int | None:
+        """Media tokens that a gated block reads of an image."""
+        if self.resamplers:
+            module, spec = self.resamplers[0]
+            return int(children.resolve(module, spec.latents).shape[-2])
+        return self.patches()
+
+    def bridge(self) -> list[_Block]:
+        """Gated blocks, resamplers, Q-Formers and projections that are trained."""
+        blocks = [self._gated(m, spec) for m, spec in self.gated if _trained(m)]
+        blocks += [self._resampler(m, spec) for m, spec in self.resamplers if _trained(m)]
+        if any(_trained(m) for m, _ in self.qformer):
+            blocks += self._qformers()
+        return [*blocks, *self._projections()]
+
+    def _gated(self, block: nn.Module, spec: GatedCrossAttentionSpec) -> _Block:
+        names, media = spec.names, self.media()
+        key = children.resolve(block, names.k if names.kv is None else names.kv)
+        query, up = children.resolve(block, names.q), children.resolve(block, names.ffn_up)
+        d, dm, f = query.weight.shape[1], key.weight.shape[1], up.weight.shape[0]
+        norm = children.read_norm(children.resolve(block, names.norm))
+        goes_in = self.e * self.tokens * d
+        if media is None:
+            return _Block(block, None, goes_in)
+        rounded = self.rounded(block)
+        wide = any(self.stream(m) > self.e and _trained(m) for m, _ in self.resamplers)
+        kept = memory.gated_block_bytes(
+            self.tokens, self.images * media, d, dm, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, f,
+            spec.heads, self.e, kv_heads=spec.kv_heads, rms=norm is not None and norm.kind == "rms_norm",
+            head_norms=names.q_norm is not None, gated=names.ffn_act_gate is not None,
+            media_casts=(1 if names.kv is not None else 2) if wide else 0, weights=rounded,
+        )  # fmt: skip
+        return _Block(block, kept, goes_in)
+
+    def _resampler(self, module: nn.Module, spec: PerceiverResamplerSpec) -> _Block:
+        patches, latents = self.patches(), children.resolve(module, spec.latents)
+        if patches is None or any(names.ffn_act_gate is not None for names in spec.layers):
+            return _Block(module, None, again=False)
+        if getattr(self.model, "config", None) is not None and self.batch.patches is None:
+            patches -= int(getattr(self.model.config, "vision_tokens", None) == "patches")
+        n, d = latents.shape[-2:]
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        f = children.resolve(module, spec.layers[0].ffn_up).weight.shape[0]
+        # Every layer's keys and values of the media, the norm's affine folded in; and of each layer q, k, v of the latents.
+        folded = len(spec.layers) * 2 * kv * d
+        stacked = len(spec.layers) * (q + 2 * kv) * d
+        rest = len(spec.layers) * (q * d + 2 * d * f) if self.rounded(module) else 0
+        kept = memory.resampler_bytes(
+            self.images, n, self.images * patches, d, q, kv, f, spec.heads, len(spec.layers), self.e, self.stream(module),
+            head_norms=spec.layers[0].q_norm is not None, weights=folded * self.stream(module) // self.e + stacked + rest,
+        )  # fmt: skip
+        return _Block(module, kept, again=False)
+
+    def _qformers(self) -> list[_Block]:
+        queries = next((p for name, p in self.model.named_parameters() if name.endswith("query_tokens")), None)
+        patches, path = self.patches(), class_path(type(self.model))
+        known = queries is not None and patches is not None and not any(name in path for name in _INSTRUCTED)
+        blocks: list[_Block] = []
+        for i, (module, spec) in enumerate(self.qformer):
+            d = spec.width
+            if not known or queries is None:
+                blocks.append(_Block(module, None))
+                continue
+            rows, s = self.images * queries.shape[1], self.stream(module)
+            f = children.resolve(module, spec.query_ffn.up).weight.shape[0]
+            names = spec.attention
+            dropped = any(m.p > 0 for m in module.modules() if isinstance(m, nn.Dropout))
+            image = 0
+            if spec.cross is not None:
+                image = sum(children.resolve(module, n).weight.numel() for n in (spec.cross.key, spec.cross.value))
+            rounded = self.rounded(module)
+            stacked = 0 if rounded else sum(
+                children.resolve(module, n).weight.numel() for n in (names.query, names.key, names.value)
+            )  # fmt: skip
+            kept = memory.qformer_layer_bytes(
+                rows, d, f, spec.heads, self.e, s, cross=spec.cross is not None,
+                first=queries.shape[1] if i == 0 and not dropped else None, weights=max(rounded - image, 0) + stacked,
+            )  # fmt: skip
+            blocks.append(_Block(module, kept, s * rows * d))
+            if spec.cross is not None and patches is not None:
+                dv = image // (2 * d)
+                kept = memory.qformer_image_bytes(self.images * patches, 0, d, 1, self.e, weights=image)
+                if not any(b.goes_in == -1 for b in blocks):
+                    kept += memory.qformer_image_bytes(self.images * patches, dv, 0, 0, self.e, weights=0)
+                blocks.append(_Block(module, kept, -1, again=False))
+        return blocks
+
+    def _projections(self) -> list[_Block]:
+        """Trained linear layers from the rows of images to the width of the language model."""
+        found = []
+        for path in self.recipe.parts.get("projection", ()):
+            for module in resolve(self.model, path):
+                if not isinstance(module, nn.Module) or not _trained(module):
+                    continue
+                linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+                widths = (linears[0].in_features, *(m.out_features for m in linears))
+                rows = self._rows_of_an_image()
+                kept = None
+                if rows is not None:
+                    rounded = self.rounded(module)
+                    kept = memory.projection_bytes(self.images * rows, widths, self.e, weights=rounded)
+                found.append(_Block(module, kept, again=False))
+        return found
+
+    def _rows_of_an_image(self) -> int | None:
+        queries = next((p for name, p in self.model.named_parameters() if name.endswith("query_tokens")), None)
+        if queries is not None:
+            return int(queries.shape[1])
+        rows = getattr(getattr(self.model, "config", None), "image_seq_length", None)
+        return rows if isinstance(rows, int) else self.patches()
+
+    def decoder(self, dtype: torch.dtype) -> list[_Block]:
+        """Layers of the frozen language model from the first through which is trained, its last norm, and the loss."""
+        if self.recipe.language_model is None:
+            return []
+        (root,) = resolve(self.model, self.recipe.language_model)
+        assert isinstance(root, nn.Module)
+        layers = [
+            m for m in root.modules() if type(m).__name__.endswith(("DecoderLayer", "Block", "Layer")) and _depth(m)
+        ]
+        layers = [m for m in layers if _kind(m) is not None]
+        if not layers:
+            return [_Block(root, None)]
+        first = self._first(root, layers)
+        blocks = [self._layer(layer, dtype) for layer in layers[first:]]
+        if first < len(layers) or self.gated:
+            h = self._width(layers[-1])
+            n = self.batch.samples * (self.batch.tokens if self.batch.supervised is None else self.batch.supervised)
+            kept = memory.loss_bytes(self.tokens, n, h, self.e, rms=_kind(layers[-1]) != "opt")
+            blocks.append(_Block(layers[-1], kept, again=False))
+        return blocks
+
+    def _first(self, root: nn.Module, layers: list[nn.Module]) -> int:
+        order = {id(m): i for i, m in enumerate(root.modules())}
+        firsts = [i for i, layer in enumerate(layers) if _trained(layer)]
+        trained = [m for m, _ in (*self.gated, *self.resamplers) if _trained(m)]
+        embedded = any(isinstance(m, nn.Embedding) and _trained(m) for m in self.model.modules())
+        if self.gated:
+            inside = [order[id(m)] for m, _ in self.gated if id(m) in order]
+            places = next(
+                (m.places for m in self.model.modules() if isinstance(getattr(m, "places", None), tuple)), None
+            )
+            if trained and inside:
+                firsts.append(sum(order[id(layer)] < min(inside) for layer in layers))
+            elif trained:
+                firsts.append(0 if places is None else places[0])
+        elif any(p.requires_grad for n, p in self.model.named_parameters() if "lora_" not in n):
+            firsts.append(0)
+        return min([*firsts, *([0] if embedded else [])], default=len(layers))
+
+    def _width(self, layer: nn.Module) -> int:
+        return int(next(p for name, p in layer.named_parameters() if "norm" in name).shape[0])
+
+    def _layer(self, layer: Any, dtype: torch.dtype) -> _Block:
+        kind, attention, h = _kind(layer), layer.self_attn, self._width(layer)
+        adapters = lora_layers(layer)
+        lora: list[Any] = list(adapters.values())
+        r = sum(m.r[name] for m in lora for name in m.active_adapters)
+        rounded = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.element_size() > self.e)
+        goes_in = self.e * self.tokens * h
+        if kind == "opt":
+            f, heads = _out(layer.fc1), attention.num_heads
+            kept = memory.plain_decoder_layer_bytes(self.tokens, h, f, heads, self.e)
+            return _Block(layer, None if lora else kept, goes_in)
+        computes = {getattr(m, "compute_dtype", None) or dtype for m in layer.modules() if hasattr(m, "compute_dtype")}
+        if kind != "gated" or state_of(layer) is None or computes - {dtype}:
+            return _Block(layer, None, goes_in)
+        q, kv, f = (_out(m) for m in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj))
+        kept = memory.decoder_layer_bytes(self.tokens, h, q, kv, f, q // attention.head_dim, r, self.e)
+        if any(name.endswith("o_proj") for name in adapters):
+            kept += self.e * self.tokens * q  # what its low-rank term reads
+        return _Block(layer, kept + self.e * rounded, goes_in)
+
+
+def _state(module: nn.Module) -> FusedState | None:
+    own: Any = module.__dict__.get("_mllm_fast")
+    return own if isinstance(own, FusedState) else None
+
+
+def _depth(module: nn.Module) -> bool:
+    return hasattr(module, "self_attn")
+
+
+def _kind(layer: nn.Module) -> str | None:
+    names = {class_path(cls) for cls in type(layer).__mro__}
+    if names & _GATED_MLP:
+        return "gated"
+    if _OPT in names:
+        return "opt"
+    return "other" if hasattr(layer, "self_attn") or hasattr(layer, "attention") else None
+
+
+def _out(linear: Any) -> int:
+    return int(linear.out_features)

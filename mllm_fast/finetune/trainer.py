@@ -1,0 +1,67 @@
+"""A plan and its loss as one model for `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .plan import FinetuningPlan
+from .processes import LossModule
+from .settings import Loss
+
+
+class TrainerModel(nn.Module):
+    """What to pass to `transformers.Trainer` as `model`, unchanged: it trains what the plan trains, with any loss.
+
+        Trainer(TrainerModel(plan, loss), TrainingArguments(..., remove_unused_columns=False), data_collator=collate, ...)
+
+    Checkpoints hold the trained parameters only, under their names in `plan.model`, and `plan.load_trained` reads their
+    `model.safetensors`. (Trainer's file of arguments is a pickle; its own loader reads that.) The plan's autocast applies, so
+    leave Trainer's `bf16` and `fp16` off. Under torchrun Trainer wraps it by DDP; FSDP by Trainer is not supported: use
+    `train` with `parallel="fsdp"`.
+
+    Args:
+        plan: from `prepare_finetuning`.
+        loss: as for `train`.
+        counted: weigh the passes of an update, in all processes, by the number of labels that are not -100 (the first
+            label of a row, which nothing predicts, left out), as Trainer counts them. The loss has to return
+            this number as "count". False: every pass weighs the same.
+    """
+
+    def __init__(self, plan: FinetuningPlan, loss: Loss, *, counted: bool = False) -> None:
+        super().__init__()
+        self.plan = plan
+        self.module = LossModule(plan.model, loss, plan.autocast)
+        # Trainer asks for this: whether it should hand over the number of labels, and leave the division to the model.
+        self.accepts_loss_kwargs = counted
+
+    def forward(
+        self, return_loss: bool = True, num_items_in_batch: Tensor | int | None = None, **batch: Any
+    ) -> dict[str, Tensor]:
+        """{"loss": scalar}. Trainer evaluates models whose `return_loss` is True by default without looking for labels.
+
+        Raises:
+            ValueError: Trainer took everything out of the batch, or the loss returned no "count".
+        """
+        if not batch:
+            raise ValueError(
+                "the batch is empty: Trainer dropped what it did not find in forward; set "
+                "TrainingArguments(remove_unused_columns=False)"
+            )
+        loss, count, _ = self.module(batch)
+        if num_items_in_batch is not None:
+            if count is None:
+                raise ValueError('counted=True needs a loss that returns its number of labels as "count"')
+            loss = loss * (count / num_items_in_batch)
+        return {"loss": loss}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained parameters, by their names in the model."""
+        return dict(self.plan.trained_state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave, all of it or nothing (see `FinetuningPlan.load_trained`)."""
+        self.plan.load_trained(state_dict)
+        return nn.modules.module._IncompatibleKeys([], [])

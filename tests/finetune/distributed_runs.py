@@ -1,0 +1,116 @@
+"""What each of several processes runs: `torchrun --nproc-per-node 2 -m tests.finetune.distributed_runs CASE FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mllm_fast.finetune import NonFiniteLossError, RunExistsError, TrainingInterrupted, join_processes, train
+from mllm_fast.finetune.sampling import RowOrder
+from tests.finetune import runs
+
+QUIET = runs.Captions(24, augment=False)
+
+
+def run(folder: Path, steps: int = 4, *, kind: str = "nf4", **changes: Any) -> Any:
+    """Two processes with batches of 2 see the rows that one sees with batches of 4."""
+    told = {"batch_size": 2 if dist.is_initialized() else 4, "accumulation": 2, **changes}
+    call = {name: told.pop(name) for name in ("resume", "evaluation_dataset") if name in told}
+    loss = told.pop("loss", runs.loss)
+    plan = runs.plan(kind, dropout=told.pop("dropout", 0.0))
+    settings = runs.settings(steps, **told)
+    return train(plan, loss, QUIET, runs.collate, settings, folder, progress=False, **call)
+
+
+def order(rank: int) -> RowOrder:
+    """The rows of the one step of `errors`."""
+    return RowOrder(len(QUIET), 2, 3, 0, 2, rank, 2)
+
+
+def ddp(folder: Path, parallel: str = "ddp", kind: str = "nf4") -> Any:
+    """Train with an evaluation over rows that do not come out even."""
+    held_out = runs.Captions(7, augment=False)
+    return run(folder, parallel=parallel, kind=kind, evaluation_dataset=held_out, evaluate_every=2).__dict__
+
+
+def fsdp(folder: Path) -> Any:
+    """The same with sharded parameters."""
+    return ddp(folder, "fsdp")
+
+
+def fsdp_dense(folder: Path) -> Any:
+    """The same with a dense language model, whose layers are sharded too."""
+    return ddp(folder, "fsdp", "dense")
+
+
+def resume(folder: Path, parallel: str = "ddp") -> Any:
+    """Stopped by a signal to one of the processes, and resumed, with dropout."""
+    whole = run(folder / "whole", parallel=parallel, dropout=0.3)
+    passes = [0]
+
+    def signalling(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        passes[0] += 1
+        if passes[0] == 3 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return runs.loss(model, batch)
+
+    stopped = None
+    try:
+        run(folder / "parts", parallel=parallel, dropout=0.3, loss=signalling)
+    except TrainingInterrupted as interrupted:
+        stopped = interrupted.result.step
+    rest = run(folder / "parts", parallel=parallel, dropout=0.3, resume=True)
+    return {"stopped": stopped, "whole": whole.losses, "resumed": rest.losses}
+
+
+def resume_fsdp(folder: Path) -> Any:
+    """The same with sharded parameters."""
+    return resume(folder, "fsdp")
+
+
+def errors(folder: Path) -> Any:
+    """Errors of one process reach all of them."""
+    found = {}
+    run(folder / "run", 1)
+    try:
+        run(folder / "run", 1)
+    except RunExistsError as error:
+        found["exists"] = str(error)
+
+    def bad(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        loss = runs.loss(model, batch)
+        return loss if dist.get_rank() == 0 else loss | {"loss": loss["loss"] * float("nan")}
+
+    try:
+        run(folder / "bad", 1, loss=bad)
+    except NonFiniteLossError as error:
+        found["nan"] = str(error)
+    return found
+
+
+CASES: dict[str, Callable[[Path], Any]] = {f.__name__: f for f in (ddp, fsdp, fsdp_dense, resume, resume_fsdp, errors)}
+
+
+def main() -> None:
+    """Run the cases, one after the other, and write what each process found."""
+    torch.set_num_threads(1)
+    join_processes()
+    output = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        found = CASES[name](output / name)
+        path = output / f"{name}-{dist.get_rank()}.json"
+        path.write_text(json.dumps(found, default=str))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Two processes against one with batches twice as large: DDP and FSDP2, with what they write and how they stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mllm_fast.finetune import read_trained
+from mllm_fast.finetune.processes import Processes
+from tests.finetune import distributed_runs, runs
+
+ROOT = Path(__file__).parents[2]
+TRAINED = ["ddp", "fsdp", "fsdp_dense"]
+RESUMED = ["resume", "resume_fsdp"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases in one start of two processes: most of the time goes into importing."""
+    output = tmp_path_factory.mktemp("distributed")
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    call += ["-m", "tests.finetune.distributed_runs", str(output), *distributed_runs.CASES]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def found(folder: Path, name: str) -> list[Any]:
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_same_losses_as_one_process(folder: Path, tmp_path: Path, name: str) -> None:
+    kind = "dense" if name == "fsdp_dense" else "nf4"
+    one = distributed_runs.ddp(tmp_path, kind=kind)
+    first, second = found(folder, name)
+    assert first["losses"] == second["losses"]
+    np.testing.assert_allclose(first["losses"], one["losses"], rtol=1e-4)
+    for own, entry in zip(first["history"], one["history"], strict=True):
+        np.testing.assert_allclose(own.get("gradient_norm", 0), entry.get("gradient_norm", 0), rtol=1e-3)
+        if "evaluation" in entry:
+            np.testing.assert_allclose(own["evaluation"]["loss"], entry["evaluation"]["loss"], rtol=1e-4)
+    # The whole trained tensors, under the model's names, and nothing else.
+    weights, expected = read_trained(folder / name), read_trained(tmp_path)
+    assert weights.keys() == expected.keys()
+    before = runs.plan(kind).trained
+    for key, value in expected.items():
+        moved = (value - before[key]).abs().max()
+        assert (weights[key] - value).abs().max() < 0.05 * moved + 1e-6, key
+    assert sorted(p.name for p in (folder / name).iterdir()) == sorted(p.name for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_stopped_by_a_signal_to_one_process_and_resumed(folder: Path, name: str) -> None:
+    for result in found(folder, name):
+        assert result["stopped"] == 2
+        assert result["resumed"] == result["whole"]
+    whole, parts = (read_trained(folder / name / part) for part in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_errors_of_one_process_are_those_of_all(folder: Path) -> None:
+    first, second = found(folder, "errors")
+    assert first == second
+    assert "already holds a run" in first["exists"]
+    # The rows are those of the process whose loss was NaN: the second half of the batch.
+    rows = [row for _, row in next(iter(distributed_runs.order(rank=1)))]
+    assert f"Rows of the data set in this batch: {rows[0]}, {rows[1]}." in first["nan"]
+
+
+def test_processes_that_were_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"torchrun started 2 processes .* call mllm_fast.finetune.join_processes\(\)"):
+        Processes(torch.device("cpu"))

@@ -1,0 +1,101 @@
+"""A plan under transformers.Trainer, as it comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mllm_fast.finetune.trainer import TrainerModel
+from tests.finetune import runs
+
+
+class Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.train: list[float] = []
+        self.evaluation: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.train.append(float(logs["loss"]))
+        if "eval_loss" in logs:
+            self.evaluation.append(float(logs["eval_loss"]))
+
+
+def trainer(
+    output: Path, steps: int, *, loss: Any = runs.loss, counted: bool = True, dropout: float = 0.3, **changes: Any
+) -> tuple[Trainer, Losses]:
+    told = {
+        "max_steps": steps, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 2, "report_to": [], "use_cpu": True,
+        "remove_unused_columns": False, "disable_tqdm": True, "max_grad_norm": 0.0, "weight_decay": 0.0,
+    }  # fmt: skip
+    losses = Losses()
+    plan = runs.plan(dropout=dropout)
+    arguments = TrainingArguments(str(output), **{**told, **changes})
+    data = runs.Captions(24, augment=False)
+    model = TrainerModel(plan, loss, counted=counted)
+    held_out = runs.Captions(5, augment=False)
+    made = Trainer(model, arguments, runs.collate, data, eval_dataset=held_out, callbacks=[losses])
+    return made, losses
+
+
+def test_checkpoints_hold_what_was_trained_and_resume(tmp_path: Path) -> None:
+    whole, expected = trainer(tmp_path / "whole", 4)
+    whole.train()
+    first, _ = trainer(tmp_path / "parts", 2)
+    first.train()
+    saved = load_file(tmp_path / "parts" / "checkpoint-2" / "model.safetensors")
+    plan = runs.plan()
+    assert saved.keys() == plan.trained.keys()
+    own = first.model.plan.trained
+    assert all(torch.equal(value, own[name]) for name, value in saved.items())
+    assert not all(torch.equal(value, plan.trained[name]) for name, value in saved.items())
+    plan.load_trained(saved)
+    rest, found = trainer(tmp_path / "parts", 4)
+    rest.train(resume_from_checkpoint=True)
+    assert found.train == expected.train[2:]
+    for name, value in whole.model.plan.trained.items():
+        assert torch.equal(value, rest.model.plan.trained[name])
+
+
+def test_an_update_weighs_by_what_is_supervised(tmp_path: Path) -> None:
+    """Three passes of 2 rows are one pass of 6, and the frozen parameters stay as they were."""
+    frozen = {n: p.detach().clone() for n, p in runs.plan(dropout=0).model.named_parameters() if not p.requires_grad}
+    found = []
+    for size, accumulation in ((2, 3), (6, 1)):
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        made, losses = trainer(tmp_path / str(size), 3, dropout=0, save_strategy="no", **changes)
+        made.train()
+        found.append(losses.train)
+        model: nn.Module = made.model.plan.model
+        assert all(torch.equal(value, model.get_parameter(name)) for name, value in frozen.items())
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    made, losses = trainer(tmp_path, 1, save_strategy="no", per_device_eval_batch_size=5, counted=False)
+    made.evaluate()
+    model = made.model.plan.model.eval()
+    with torch.no_grad():
+        held_out = runs.Captions(5, augment=False)
+        expected = model(**runs.collate([held_out[row] for row in range(5)])).loss
+    torch.testing.assert_close(torch.tensor(losses.evaluation[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    made, _ = trainer(tmp_path / "a", 1, remove_unused_columns=True)
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        made.train()
+
+    def uncounted(model: nn.Module, batch: Any) -> Tensor:
+        return runs.loss(model, batch)["loss"]
+
+    made, _ = trainer(tmp_path / "b", 1, loss=uncounted)
+    with pytest.raises(ValueError, match='counted=True needs a loss that returns its number of labels as "count"'):
+        made.train()
