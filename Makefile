@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env install demo test lint audit bench docs gpu release clean
+.PHONY: help env install demo test lint audit bench docs compat gpu release clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -84,6 +84,11 @@ docs: $(READY) ## write docs/api.md anew, from the docstrings
 	$(call require)
 	$(PY) docs/generate_api.py
 
+# Each environment is made once, in .compat/. The oldest versions of torch download gigabytes where pip finds no builds for CPUs.
+compat: $(READY) ## test at the ends of the supported versions; ARGS="--list" lists them, names select
+	$(call require,pytest)
+	$(PY) -m tests.compat.environments $(ARGS)
+
 # Under nine minutes, for each step has its share of them. Every step runs, also after one that failed; the exit status
 # tells whether all went well. The results go to bench/results/<name of the GPU>/, the benchmarks' after every workload.
 # The tests spend their time compiling, hence the processes.
@@ -91,15 +96,15 @@ docs: $(READY) ## write docs/api.md anew, from the docstrings
 gpu: $(READY) ## run everything that needs a GPU
 	$(call require,pytest xdist matplotlib)
 	@failed=; \
-	step() { echo "== $${*:2}"; timeout --signal=INT --kill-after=10 "$$@" || failed="$$failed [$${*:2}]"; }; \
+	step() { echo "== $${*:2}"; timeout --signal=INT --kill-after=5 "$$@" || failed="$$failed [$${*:2}]"; }; \
 	gpu=$$($(PY) -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())' 2>/dev/null) || \
 		{ echo "no GPU was found; make audit and make bench need none" >&2; exit 2; }; \
 	results=bench/results/$$gpu; mkdir -p $$results; \
-	step 20 $(PY) -m mllm_fast.cli info; \
+	step 15 $(PY) -m mllm_fast.cli info; \
 	step 150 $(PY) -m pytest -m gpu -n $$(( $$(nproc) < 12 ? $$(nproc) : 12 )) --dist worksteal $(ARGS); \
-	step 120 $(PY) -m mllm_fast.cli audit --arch native --processes $$(nproc); \
-	step 210 $(PY) -m bench --out $$results/bench.json; \
-	step 20 $(PY) -m bench --plot $$results/bench.json; \
+	step 110 $(PY) -m mllm_fast.cli audit --arch native --processes $$(nproc); \
+	step 200 $(PY) -m bench --out $$results/bench.json; \
+	step 15 $(PY) -m bench --plot $$results/bench.json; \
 	step 10 $(PY) -m bench --record $$results/bench.json; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 

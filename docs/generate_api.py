@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ Made from the docstrings by `docs/generate_api.py`; do not edit. Shapes are writ
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a module, and its public names; without names those of its `__all__`."""
+    """A heading, a module, and its public names, which may lie in modules below it; without names what the module has."""
 
     title: str
     module: str
@@ -35,7 +36,20 @@ SECTIONS = (
     Section("The package", "mllm_fast"),
     Section("Ops", "mllm_fast.ops"),
     Section("Models of our own", "mllm_fast.models"),
+    Section(
+        "Blocks for new models",
+        "mllm_fast.modules",
+        (
+            "gated_cross_attention.GatedCrossAttentionBlock",
+            "perceiver_resampler.PerceiverResampler",
+            "projector.Projector",
+            "visual_abstractor.VisualAbstractor",
+        ),
+    ),
     Section("Fine-tuning", "mllm_fast.finetune"),
+    Section("Stages of fine-tuning", "mllm_fast.finetune.stages", ("run_stage", "prepare_stage", "StageRun")),
+    Section("Data for fine-tuning", "mllm_fast.finetune.data"),
+    Section("Vision features on disk", "mllm_fast.finetune.features", ("FeatureCache",)),
     Section("Models with their processors", "mllm_fast.pipeline"),
     Section("Verification", "mllm_fast.verification", ("verify", "VerifyReport", "Compared")),
     Section("What can be fused", "mllm_fast.families", ("Entry", "CannotFuseError", "find")),
@@ -43,102 +57,91 @@ SECTIONS = (
 )
 
 
-def undocumented() -> list[str]:
-    """Public names without a docstring."""
-    found = [(section.module, name) for section in SECTIONS for name in _names(section)]
-    values = [(module, name, getattr(importlib.import_module(module), name)) for module, name in found]
-    return [
-        f"{module}.{name}"
-        for module, name, value in values
-        if (inspect.isclass(value) or inspect.isroutine(value)) and not documentation(value)
-    ]
-
-
 def text() -> str:
     """The whole page."""
     parts, seen = [HEAD], set[int]()
-    sections = [(section, [p for name in _names(section) for p in _entry(section, name, seen)]) for section in SECTIONS]
-    parts += ["\n".join(f"- [{s.title}](#{_anchor(s.title)})" for s, entries in sections if entries) + "\n"]
+    sections = [
+        (section, [p for name, value in _public(section) for p in _entry(name, value, seen)]) for section in SECTIONS
+    ]
+    parts += ["\n".join(f"- [{s.title}](#{s.title.lower().replace(' ', '-')})" for s, _ in sections) + "\n"]
     for section, entries in sections:
-        if entries:
-            parts += [f"## {section.title}\n", f"`{section.module}`. {_summary(section.module)}\n", *entries]
+        summary = documentation(importlib.import_module(section.module)).split("\n\n")[0].replace("\n", " ")
+        parts += [f"## {section.title}\n", f"`{section.module}`. {summary}\n", *entries]
     return "\n".join(parts)
 
 
-def _names(section: Section) -> list[str]:
-    module = importlib.import_module(section.module)
-    if section.names:
-        return list(section.names)
+def undocumented() -> list[str]:
+    """Public names, and public methods of public classes, without a docstring of their own."""
+    found = []
+    for section in SECTIONS:
+        for name, value in _public(section):
+            members = _members(value) if inspect.isclass(value) else ()
+            parts = [(name, value), *((f"{name}.{member}", function) for member, function, _ in members)]
+            found += [f"{section.module}.{path}" for path, part in parts if not documentation(part)]
+    return found
+
+
+def documentation(value: Any) -> str:
+    """The docstring that somebody wrote for it, or ""."""
+    doc = inspect.cleandoc(vars(value).get("__doc__") or "") if inspect.isclass(value) else inspect.getdoc(value) or ""
+    return "" if inspect.isclass(value) and doc.startswith(f"{value.__name__}(") else doc  # a dataclass writes its own
+
+
+def _public(section: Section) -> Iterator[tuple[str, Any]]:
+    for path in section.names or _names(section.module):
+        *below, name = path.split(".")
+        value = getattr(importlib.import_module(".".join((section.module, *below))), name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            yield name, value
+
+
+def _names(module_name: str) -> list[str]:
+    module = importlib.import_module(module_name)
     names = getattr(module, "__all__", None)
     if names is None:
-        found = vars(module).items()
-        # Those that it imports from elsewhere are public where it is made of nothing else, as `ops` is.
-        own = [n for n, value in found if getattr(value, "__module__", None) == section.module]
-        taken = [n for n, value in found if str(getattr(value, "__module__", "")).startswith("mllm_fast.")]
-        names = own or taken
+        found = [(n, str(getattr(v, "__module__", ""))) for n, v in vars(module).items() if not inspect.ismodule(v)]
+        # What it imports from elsewhere is public where it is made of nothing else, as `ops` is.
+        own = [n for n, home in found if home == module_name]
+        names = own or [n for n, home in found if home.startswith("mllm_fast.")]
     return sorted((n for n in names if not n.startswith("_")), key=lambda n: (n[0].isupper(), n.lower()))
 
 
-def _summary(module: str) -> str:
-    return (inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0].replace("\n", " ")
+def _members(cls: type) -> Iterator[tuple[str, Any, bool]]:
+    """(name, function, whether it is a property) of the public methods that a class adds to its bases' own."""
+    for name, member in vars(cls).items():
+        found = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
+        if name.startswith("_") or not (inspect.isfunction(found) or isinstance(found, property)):
+            continue
+        # What overrides a method of another library means what that says, unless it says more.
+        overrides = any(name in vars(base) for base in cls.__mro__[1:])
+        if documentation(found) or not overrides:
+            yield name, found, isinstance(found, property)
 
 
-def _entry(section: Section, name: str, seen: set[int]) -> list[str]:
-    value = getattr(importlib.import_module(section.module), name)
-    if not (inspect.isclass(value) or inspect.isroutine(value)) or id(value) in seen:
+def _entry(name: str, value: Any, seen: set[int]) -> list[str]:
+    if id(value) in seen:
         return []
     seen.add(id(value))
-    parts = [f"### {name}\n", _block(f"{_kind(value)}{name}{_signature(value)}", value)]
+    kind = "class " if inspect.isclass(value) else ""
+    parts = [f"### {name}\n", _block(f"{kind}{name}{_signature(value)}", value)]
     if inspect.isclass(value):
-        for method, member in vars(value).items():
-            found = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
-            if method.startswith("_") or not (inspect.isfunction(found) or isinstance(member, property)):
-                continue
-            if inspect.getdoc(found) and inspect.getdoc(found) != inspect.getdoc(
-                getattr(nearest_base(value), method, None)
-            ):
-                signature = "" if isinstance(member, property) else _signature(found)
-                parts.append(_block(f"{name}.{method}{signature}", found))
+        for method, function, is_property in _members(value):
+            parts.append(_block(f"{name}.{method}{'' if is_property else _signature(function)}", function))
     return parts
-
-
-def nearest_base(cls: type) -> Any:
-    """The next class in the order of resolution: what a method's docstring may come from."""
-    return cls.__mro__[1]
-
-
-def _kind(value: Any) -> str:
-    return "class " if inspect.isclass(value) else ""
 
 
 def _signature(value: Any) -> str:
     if inspect.isclass(value) and issubclass(value, Exception):
         return ""
-    try:
-        signature = inspect.signature(value)
-    except (TypeError, ValueError):
-        return "(...)"
-    parameters = [
-        p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values() if p.name[0] != "_"
-    ]
-    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+    signature = inspect.signature(value)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values() if not p.name.startswith("_")]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
 def _block(head: str, value: Any) -> str:
-    doc = documentation(value)
-    lines = [*textwrap.wrap(head, 120, subsequent_indent=" " * 8, break_on_hyphens=False)]
-    lines += [f"    {line}".rstrip() for line in doc.splitlines()]
+    lines = textwrap.wrap(head, 120, subsequent_indent=" " * 8, break_on_hyphens=False)
+    lines += [f"    {line}".rstrip() for line in documentation(value).splitlines()]
     return "```text\n" + "\n".join(lines) + "\n```\n"
-
-
-def documentation(value: Any) -> str:
-    """The docstring that somebody wrote, or ""."""
-    doc = inspect.getdoc(value) or ""
-    return "" if inspect.isclass(value) and doc.startswith(f"{value.__name__}(") else doc  # a dataclass writes its own
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
 
 
 def main(arguments: list[str]) -> int:

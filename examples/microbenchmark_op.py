@@ -40,7 +40,8 @@ def main() -> None:
 
     def sdpa() -> Tensor:
         keys, values = torch.cat((k, extra_k), 1), torch.cat((v, extra_v), 1)
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values))).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+        return out.transpose(1, 2)
 
     peers = {"torch sdpa": sdpa, "mllm_fast": ours}
     with torch.no_grad():

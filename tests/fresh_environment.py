@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 from pathlib import Path
@@ -52,12 +51,14 @@ print("the installed package works:", mllm_fast.__version__)
 
 def check(wheel: Path, folder: Path) -> str:
     """Make an environment in `folder`, install the wheel, run a smoke test and the command; returns what they print."""
-    venv.create(folder, with_pip=True, symlinks=True)
+    venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     packages = next((folder / "lib").glob("python*")) / "site-packages"
     # A .pth file adds a folder without reading the .pth files in it: no editable install comes along.
-    (packages / "requirements_of_the_host.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = (python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel.resolve())
+    libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages / "requirements_of_the_host.pth").write_text("".join(f"{path}\n" for path in libraries))
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    install = (*pip, "install", "--quiet", "--no-index", "--no-deps", wheel.resolve())
     return "".join(
         _run(*command, cwd=folder)
         for command in (

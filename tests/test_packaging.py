@@ -51,7 +51,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in (*SOURCES, *READ):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         else:
             shutil.copy(source, target / name)
     return target

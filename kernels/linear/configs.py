@@ -104,6 +104,9 @@ _SHARED_SMALL: dict[Arch, int] = _SHARED | {"sm_90": 112 << 10}
 # A part of K is worth a program of its own and a second pass if it has so many bytes of W.
 SPLIT_BYTES = 1 << 18
 MAX_SPLITS = 8
+# A program that has a whole head streams so much of W that one in so many processors draws near the memory's speed alone,
+# and the second pass would be a launch of its own: a query projection of 32 heads stays one launch.
+HEAD_SHARE = 5
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,7 +154,7 @@ def _tiles(p: Problem) -> tuple[tuple[float, Config], ...]:
 
 def _splits(arch: Arch, p: Problem, config: Config, programs: int) -> int:
     """Into how many parts K is split so that few programs fill the device; a power of two."""
-    if len(p.rows) > 1 or config.SLICES == 1:
+    if len(p.rows) > 1 or config.SLICES == 1 or (p.head and programs * HEAD_SHARE >= PROCESSORS[arch]):
         return 1
     size = config.BN * p.width * p.itemsize * (2 if p.glu else 1)
     most = min(MAX_SPLITS, PROCESSORS[arch] // programs, size // SPLIT_BYTES)

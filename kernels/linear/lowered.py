@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 # Elements of a panel, and those of the smallest weight that is worth panels.
-PANEL = 1 << 21
+PANEL = 1 << 22
 LEAST = 1 << 18
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether autocast lowers this product of a trained weight on a CPU, and the copy is worth avoiding."""
+    """Whether autocast lowers this product x W^T of a trained weight on a CPU, and the copy is worth avoiding."""
     return (
         weight.dtype == torch.float32
         and weight.requires_grad

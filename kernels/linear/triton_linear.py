@@ -237,14 +237,13 @@ def grouped_tiles(
     i_n = i_p // both
     second = i_m >= tiles
     i_m = _either(second, i_m - tiles, i_m)
-    X, W, BIAS, OUT = (
-        _either(second, X1, X),
-        _either(second, W1, W),
-        _either(second, BIAS1, BIAS),
-        _either(second, OUT1, OUT),
-    )
-    NORM_W, NORM_B = _either(second, NORM_W1, NORM_W), _either(second, NORM_B1, NORM_B)
-    RNORM_W, RNORM_B = _either(second, RNORM_W1, RNORM_W), _either(second, RNORM_B1, RNORM_B)
+    X, W, OUT = _either(second, X1, X), _either(second, W1, W), _either(second, OUT1, OUT)
+    # One by one: Triton 3.6 has no tuples with None in them.
+    BIAS = _either(second, BIAS1, BIAS)
+    NORM_W = _either(second, NORM_W1, NORM_W)
+    NORM_B = _either(second, NORM_B1, NORM_B)
+    RNORM_W = _either(second, RNORM_W1, RNORM_W)
+    RNORM_B = _either(second, RNORM_B1, RNORM_B)
     RESIDUAL = _either(second, RESIDUAL1, RESIDUAL)
     s_xo, s_xi, s_w = _either(second, s_xo1, s_xo), _either(second, s_xi1, s_xi), _either(second, s_w1, s_w)
     s_ro, s_ri = _either(second, s_ro1, s_ro), _either(second, s_ri1, s_ri)

@@ -76,12 +76,12 @@ class Projection:
             dx = grad @ self.weight if into is None else into.addmm_(grad, self.weight)
         if a is not None and b is not None and self.lora is not None:
             wide, p = grad.to(a.dtype), self.lora.dropout_p
-            if need_b:
+            if need_b and down is not None:
                 db = wide.mT @ down
-            back = wide @ b * self.lora.scaling if need_a or need_x else None
-            if need_a and back is not None and x is not None:
+            back = wide @ b * self.lora.scaling
+            if need_a and x is not None:
                 da = back.mT @ reference.dropout(x, p, self.seed).to(a.dtype)
-            if dx is not None and back is not None:
+            if dx is not None:
                 dx.add_(reference.dense(LowRank(back, a.mT, p, self.seed), dx.dtype))
         return dx, da, db
 

@@ -123,11 +123,9 @@ def _nibble(table, b_words, b_scale, J: tl.constexpr, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def _halves(b_pairs, DTYPE: tl.constexpr):
-    """The lower and the upper number of pairs of 16-bit numbers."""
-    b_low = (b_pairs & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-    b_high = (b_pairs >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-    return b_low, b_high
+def _halves(b_pairs):
+    """The lower and the upper 16 bits of words."""
+    return (b_pairs & 0xFFFF).to(tl.uint16), (b_pairs >> 16).to(tl.uint16)
 
 
 @triton.jit
@@ -158,8 +156,10 @@ def decode(table, b_words, b_scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D
             )  # fmt: skip
         # tl.join appends the dimension that runs fastest.
         b_pairs = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), [ROWS, COLUMNS // 2])
-        b_low, b_high = _halves(b_pairs, DTYPE)
-        b_tile = tl.reshape(tl.join(b_low, b_high), [ROWS, COLUMNS])
+        b_low, b_high = _halves(b_pairs)
+        # Numbers only after the reshape: Triton 3.6 would give the operand of a dot the shared-memory layout of what is
+        # reshaped, and fails where that does not exist.
+        b_tile = tl.reshape(tl.join(b_low, b_high), [ROWS, COLUMNS]).to(DTYPE, bitcast=True)
     else:
         b_04 = tl.join(_nibble(table, b_words, b_scale, 0, LOOKUP), _nibble(table, b_words, b_scale, 4, LOOKUP))
         b_26 = tl.join(_nibble(table, b_words, b_scale, 2, LOOKUP), _nibble(table, b_words, b_scale, 6, LOOKUP))

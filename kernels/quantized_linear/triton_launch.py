@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from .. import runtime
+from ..sizes import cdiv, next_power_of_2
 from ..target import Arch, arch_of, keep_scale, on_device, precision
 from . import configs, triton_elementwise
 from .configs import Config
@@ -46,9 +46,9 @@ def product(
     bits, block = _format(weight)
     if config is None:
         config = configs.product_config(arch, rows, bits, block, x.element_size(), term is not None)
-    tiles = triton.cdiv(rows, config.BM) * triton.cdiv(width, config.BN)
+    tiles = cdiv(rows, config.BM) * cdiv(width, config.BN)
     if splits is None:
-        splits = configs.splits_for(arch, tiles, triton.cdiv(columns, config.BK))
+        splits = configs.splits_for(arch, tiles, cdiv(columns, config.BK))
     out, parts = _targets(x, rows, width, splits)
     merge = _Epilogue(bias, term, arch, x.dtype)
     with on_device(x):
@@ -83,9 +83,9 @@ def input_gradient(
     if config is None:
         half = grad.dtype == torch.float16
         config = configs.gradient_config(arch, rows, bits, block, half, grad.element_size())
-    tiles = triton.cdiv(rows, config.BM) * triton.cdiv(columns, config.BK)
+    tiles = cdiv(rows, config.BM) * cdiv(columns, config.BK)
     if splits is None:
-        splits = configs.splits_for(arch, tiles, triton.cdiv(width, config.BN))
+        splits = configs.splits_for(arch, tiles, cdiv(width, config.BN))
     out, parts = _targets(grad, rows, columns, splits)
     merge = _Epilogue(None, term, arch, grad.dtype)
     with on_device(grad):
@@ -115,7 +115,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     x, (rows, columns) = _rows_apart(x), x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device(x):
-        triton_elementwise.drop[(triton.cdiv(rows, 8) * triton.cdiv(columns, 128),)](
+        triton_elementwise.drop[(cdiv(rows, 8) * cdiv(columns, 128),)](
             x, out, rows, columns, x.stride(0), p, keep_scale(p), seed, BM=8, BK=128,
         )  # fmt: skip
     return out
@@ -133,13 +133,13 @@ class _Epilogue:
         if term is not None and term.down.shape[1]:
             self.tensors = (bias, term.down.contiguous(), term.up)
             self.rank, self.strides = term.down.shape[1], term.up.stride()
-            self.R = min(32, max(16, triton.next_power_of_2(self.rank)))
+            self.R = min(32, max(16, next_power_of_2(self.rank)))
             self.dropout_p, self.keep_scale, self.seed = term.dropout_p, keep_scale(term.dropout_p), term.seed
 
     def launch(self, parts: Tensor, out: Tensor) -> None:
         """The second pass over parts [splits, M, width]."""
         BM, BN = 16, 64
-        grid = (triton.cdiv(out.shape[0], BM) * triton.cdiv(out.shape[1], BN),)
+        grid = (cdiv(out.shape[0], BM) * cdiv(out.shape[1], BN),)
         merge_parts[grid](
             parts, *self.tensors, out, *out.shape, self.rank, *self.strides,
             self.dropout_p, self.keep_scale, self.seed, DROPOUT=self.dropout_p > 0, SPLITS=parts.shape[0],
@@ -169,12 +169,12 @@ class _Rows:
             return out
         with on_device(out):
             if isinstance(weight, Weight4bit):
-                triton_elementwise.dequantize_4bit[(triton.cdiv(out.numel(), 2048),)](
+                triton_elementwise.dequantize_4bit[(cdiv(out.numel(), 2048),)](
                     weight.packed, self.scale, weight.code, out, first * columns, out.numel(),
                     BLOCK=weight.blocksize, B=1024, LOOKUP=_lookup(arch_of(out.device), torch.float32),
                 )  # fmt: skip
             else:
-                triton_elementwise.dequantize_8bit[(triton.cdiv(last - first, 4) * triton.cdiv(columns, 256),)](
+                triton_elementwise.dequantize_8bit[(cdiv(last - first, 4) * cdiv(columns, 256),)](
                     weight.values[first:last], weight.scale[first:last], out, last - first, columns, BM=4, BK=256
                 )
         return out

@@ -6,9 +6,12 @@ nothing is trained, chosen or stopped on it, and the accuracy is measured on it 
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +22,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..finetune import TrainingSettings, language_model_loss, prepare_finetuning, train
 from ..models import Flamingo, FlamingoConfig
 from ..models.captioner import Captioner
 from ..models.patch_encoder import PatchEncoder
@@ -214,28 +219,32 @@ def train_bridge(
         labels = ids.clone()
         labels[:, : 2 + len(prompt.split())] = IGNORED
         texts.append((ids, labels))
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gates = [parameter for name, parameter in trained.items() if name.endswith("_gate")]
-    others = [parameter for name, parameter in trained.items() if not name.endswith("_gate")]
-    # The gates start closed, and nothing behind a closed gate learns: they get a pace of their own.
-    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 0.05}, {"params": gates, "weight_decay": 0.0}])
-    rates = [settings.learning_rate, 10 * settings.learning_rate]
     steps = settings.epochs * (len(images) // settings.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.15)
     task = progress.add_task("train the bridge", total=steps, note="")
-    model.train()
-    step = 0
-    for _ in range(settings.epochs):
-        for rows in torch.randperm(len(images)).split(settings.batch)[: len(images) // settings.batch]:
-            ids, labels = texts[step % len(texts)]
-            loss = model(ids[digits[rows]], _vary(images[rows]).unsqueeze(1), labels=labels[digits[rows]]).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(others + gates, 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            progress.update(task, advance=1, note=f"loss {loss.item():.3f}")
+
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Images and digits to a batch, all of it with the same prompt."""
+        pixels, shown = (torch.stack(column) for column in zip(*rows, strict=True))
+        ids, labels = texts[int(torch.randint(len(texts), ()))]
+        return {"input_ids": ids[shown], "images": _vary(pixels).unsqueeze(1), "labels": labels[shown]}
+
+    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        value = language_model_loss(model, batch)
+        progress.update(task, advance=1, note=f"loss {value.item():.3f}")
+        return value
+
+    plan = prepare_finetuning(model, "vision+bridge")
+    training = TrainingSettings(
+        steps=steps,
+        batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        warmup_steps=int(0.15 * steps),
+        # The gates start closed, and nothing behind a closed gate learns: they get a pace of their own.
+        gate_learning_rate=10.0,
+        seed=settings.seed,
+    )
+    with tempfile.TemporaryDirectory() as run:
+        train(plan, loss, TensorDataset(images, digits), collate, training, run, progress=False)
     model.eval()
 
 

@@ -46,6 +46,7 @@ class Entry:
     training: bool = False
 
     def load(self) -> type[nn.Module]:
+        """The drop-in's class; this imports the upstream library."""
         return getattr(importlib.import_module(f"mllm_fast.families.{self.family}"), self.dropin)
 
 

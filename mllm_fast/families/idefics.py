@@ -119,6 +119,7 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
             )
         else:
             media, visibility = seen
+            rows = state.shared.visibility(cross_attention_gate, "rows", lambda: cross_attention_gate != 0)
             hidden_states = gated_attention(
                 self,
                 spec,
@@ -126,7 +127,7 @@ class FusedIdeficsGatedCrossAttentionLayer(IdeficsGatedCrossAttentionLayer):
                 hidden_states,
                 media,
                 visibility,
-                row_mask=cross_attention_gate != 0,
+                row_mask=rows,
                 attention_dropout=self.cross_attn.dropout if self.training else 0.0,
                 dropout_p=dropout_p,
             )

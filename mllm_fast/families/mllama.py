@@ -107,7 +107,11 @@ class FusedMllamaCrossAttentionDecoderLayer(MllamaCrossAttentionDecoderLayer):
             )
         state, spec = self._mllm_fast, self._mllm_fast.spec
         k, v = self._keys_values(cross_attention_states, past_key_values, hidden_states.shape[0])
-        rows = None if full_text_row_masked_out_mask is None else full_text_row_masked_out_mask[:, 0, :, 0] != 0
+        rows = None
+        if full_text_row_masked_out_mask is not None:
+            rows = state.shared.visibility(
+                full_text_row_masked_out_mask, "rows", lambda: full_text_row_masked_out_mask[:, 0, :, 0] != 0
+            )
         dropped = rows is not None and state.fixes("rows_without_image")
         visibility = None
         if cross_attention_mask is not None:

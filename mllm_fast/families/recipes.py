@@ -124,6 +124,8 @@ def _own_flamingo(prefix: str = "") -> Recipe:
         parts={
             "bridge": (f"{prefix}resampler", f"{prefix}blocks"),
             "embeddings": (f"{prefix}lm.get_input_embeddings()",),
+            # Frozen in the paper; a small one can be trained from nothing together with the bridge.
+            "vision": (f"{prefix}vision_encoder",),
         },
         vision=f"{prefix}vision_encoder",
         language_model=f"{prefix}lm",

@@ -20,3 +20,4 @@ from .prepare import prepare_finetuning as prepare_finetuning
 from .processes import join_processes as join_processes
 from .settings import TrainingResult as TrainingResult
 from .settings import TrainingSettings as TrainingSettings
+from .trainer import TrainerModel as TrainerModel

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +106,16 @@ def find(model: nn.Module, recipe: Recipe) -> Blocks:
 
 
 def apply(model: nn.Module, blocks: Blocks | None, how: Checkpointing) -> None:
-    """Checkpoint the blocks of a model so, or, with None, keep all activations again."""
+    """Checkpoint the blocks of a model so, or, with None, keep all activations again.
+
+    Other checkpointing of the model ends: transformers' switch, with its embeddings that ask for gradients, and that of
+    `models.Flamingo`.
+    """
     for module in model.modules():
+        if getattr(module, "_require_grads_hooks", None):
+            cast(Any, module).disable_input_require_grads()
+        for hook in module.__dict__.get("_layer_hooks", ()):
+            hook.checkpoint = False
         if isinstance(module.__dict__.get("forward"), RecomputedForward):
             del module.__dict__["forward"]
         if getattr(module, _FLAG, False):

@@ -102,8 +102,8 @@ class _Watch:
 
     @contextlib.contextmanager
     def of_gradients(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        # A module whose inputs ask for no gradient is told of those of its output: nothing to warn of.
-        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        # Modules that the hooks cannot follow are passed over: nothing to warn of.
+        warnings.filterwarnings("ignore", "(Full backward hook is firing|For backward hooks to be called)")
         handles = [register_module_full_backward_hook(self.saw_gradient)]
         handles += [p.register_hook(self._parameter_hook(name)) for name, p in parameters.items()]
         try:

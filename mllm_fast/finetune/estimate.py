@@ -69,9 +69,10 @@ def activations(
     totals: dict[str, int | None] = dict.fromkeys(labels, 0)
     totals["the rest"] = 0
     covered = {id(p) for block in blocks for p in block.module.parameters()}
-    # Parts that are trained and have no formula.
-    for p in model.parameters():
-        if p.requires_grad and p.ndim > 1 and id(p) not in covered and not _is_embedding(model, p):
+    # Layers that are trained and have no formula.
+    for module in model.modules():
+        p = module._parameters.get("weight")
+        if isinstance(module, nn.Linear | nn.Conv2d) and p is not None and p.requires_grad and id(p) not in covered:
             totals[of.get(id(p), "the rest")] = None
     largest: tuple[int, str] | None = None
     for block in blocks:
@@ -96,10 +97,6 @@ def _part(module: nn.Module, of: Mapping[int, str]) -> str:
         part = of.get(id(p), "the rest")
         counts[part] = counts.get(part, 0) + (p.numel() if part != "lora" else 0)
     return max(counts, key=counts.__getitem__, default="the rest")
-
-
-def _is_embedding(model: nn.Module, parameter: nn.Parameter) -> bool:
-    return any(isinstance(m, nn.Embedding) and m.weight is parameter for m in model.modules())
 
 
 def _trained(module: nn.Module) -> bool:
@@ -164,7 +161,7 @@ class _Sizes:
         kept = memory.gated_block_bytes(
             self.tokens, self.images * media, d, dm, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, f,
             spec.heads, self.e, kv_heads=spec.kv_heads, rms=norm is not None and norm.kind == "rms_norm",
-            head_norms=names.q_norm is not None, gated=names.ffn_act_gate is not None,
+            head_norms=names.q_norm is not None, hidden=4 if names.ffn_act_gate is not None else _hidden(spec.activation),
             media_casts=(1 if names.kv is not None else 2) if wide else 0, weights=rounded,
         )  # fmt: skip
         return _Block(block, kept, goes_in)
@@ -184,42 +181,37 @@ class _Sizes:
         rest = len(spec.layers) * (q * d + 2 * d * f) if self.rounded(module) else 0
         kept = memory.resampler_bytes(
             self.images, n, self.images * patches, d, q, kv, f, spec.heads, len(spec.layers), self.e, self.stream(module),
-            head_norms=spec.layers[0].q_norm is not None, weights=folded * self.stream(module) // self.e + stacked + rest,
+            head_norms=spec.layers[0].q_norm is not None, hidden=_hidden(spec.activation),
+            weights=folded * self.stream(module) // self.e + stacked + rest,
         )  # fmt: skip
         return _Block(module, kept, again=False)
 
     def _qformers(self) -> list[_Block]:
         queries = next((p for name, p in self.model.named_parameters() if name.endswith("query_tokens")), None)
         patches, path = self.patches(), class_path(type(self.model))
-        known = queries is not None and patches is not None and not any(name in path for name in _INSTRUCTED)
-        blocks: list[_Block] = []
+        if queries is None or patches is None or any(name in path for name in _INSTRUCTED):
+            return [_Block(module, None) for module, _ in self.qformer]
+        blocks, readers, weights = [], [], 0
         for i, (module, spec) in enumerate(self.qformer):
-            d = spec.width
-            if not known or queries is None:
-                blocks.append(_Block(module, None))
-                continue
-            rows, s = self.images * queries.shape[1], self.stream(module)
+            d, rows, s, names = spec.width, self.images * queries.shape[1], self.stream(module), spec.attention
             f = children.resolve(module, spec.query_ffn.up).weight.shape[0]
-            names = spec.attention
-            dropped = any(m.p > 0 for m in module.modules() if isinstance(m, nn.Dropout))
             image = 0
             if spec.cross is not None:
                 image = sum(children.resolve(module, n).weight.numel() for n in (spec.cross.key, spec.cross.value))
+                readers.append((module, image // (2 * d), d))
+                weights += image
             rounded = self.rounded(module)
-            stacked = 0 if rounded else sum(
-                children.resolve(module, n).weight.numel() for n in (names.query, names.key, names.value)
-            )  # fmt: skip
+            stacked = sum(children.resolve(module, n).weight.numel() for n in (names.query, names.key, names.value))
+            dropped = any(m.p > 0 for m in module.modules() if isinstance(m, nn.Dropout))
             kept = memory.qformer_layer_bytes(
                 rows, d, f, spec.heads, self.e, s, cross=spec.cross is not None,
-                first=queries.shape[1] if i == 0 and not dropped else None, weights=max(rounded - image, 0) + stacked,
+                first=queries.shape[1] if i == 0 and not dropped else None, weights=rounded - image if rounded else stacked,
             )  # fmt: skip
             blocks.append(_Block(module, kept, s * rows * d))
-            if spec.cross is not None and patches is not None:
-                dv = image // (2 * d)
-                kept = memory.qformer_image_bytes(self.images * patches, 0, d, 1, self.e, weights=image)
-                if not any(b.goes_in == -1 for b in blocks):
-                    kept += memory.qformer_image_bytes(self.images * patches, dv, 0, 0, self.e, weights=0)
-                blocks.append(_Block(module, kept, -1, again=False))
+        if readers:
+            module, dv, d = readers[0]
+            kept = memory.qformer_image_bytes(self.images * patches, dv, d, len(readers), self.e, weights=weights)
+            blocks.append(_Block(module, kept, again=False))
         return blocks
 
     def _projections(self) -> list[_Block]:
@@ -325,6 +317,11 @@ def _kind(layer: nn.Module) -> str | None:
     if _OPT in names:
         return "opt"
     return "other" if hasattr(layer, "self_attn") or hasattr(layer, "attention") else None
+
+
+def _hidden(activation: str) -> int:
+    """How much of a network without a gate is kept, in units of its width: a ReLU's result tells what it was given."""
+    return 1 if activation == "relu" else 2
 
 
 def _out(linear: Any) -> int:

@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from . import randomness
-from .processes import LossModule, Processes
+from .processes import LossModule, Processes, gathered
 from .sampling import batches
 from .settings import TrainingSettings
 
@@ -79,8 +79,8 @@ class Evaluation:
         """The numbers now. Training goes on afterwards as if this had not been: same modes, same random numbers."""
         model = _inner(self.module).model
         modes = [(module, module.training) for module in model.modules()]
-        with randomness.preserved(self.processes.device), torch.no_grad():
-            randomness.seed(self.settings.seed)
+        with randomness.preserved(self.processes.device), torch.no_grad(), gathered(self.module):
+            randomness.seed(self.settings.seed, device=self.processes.device)
             model.eval()
             try:
                 found = {} if self.dataset is None else self._loss()

@@ -135,10 +135,11 @@ class FeatureCache:
         layers: Any = getattr(getattr(self.model, "config", None), "vision_feature_layer", None)
         if not states or layers is None:
             return None
-        asked = [layers] if isinstance(layers, int) else list(layers)
-        tower = self.model.config.vision_config.num_hidden_layers + 1
+        asked: list[int] = [layers] if isinstance(layers, int) else list(layers)
+        config: Any = self.model.config
+        states_in_all = int(config.vision_config.num_hidden_layers) + 1
         # Fewer states than that: a fused model left out the layers behind the last one that is read.
-        return sorted({i % tower for i in asked})
+        return sorted({i % states_in_all for i in asked})
 
     def _keys(self, pixels: Tensor, kwargs: Mapping[str, Any]) -> list[str]:
         """A key for each picture: of its pixels, of what else belongs to it, and of the arguments for all."""

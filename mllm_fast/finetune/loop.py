@@ -57,6 +57,9 @@ def train(
     **One wait for the GPU an update.** The losses of all passes and the norm of the gradient are read together, after
     clipping and before the optimiser's step, which is thus never done with NaN. (bitsandbytes' optimisers wait themselves.)
 
+    **Precision** is the plan's: autocast to the language model's dtype where the trained parameters are wider. Losses are not
+    scaled up for fp16; prefer bf16.
+
     **Random numbers** come from `settings.seed`; the generators of the caller are left as they were. A run that was stopped and
     resumed computes the same losses as one that was not, bit for bit on a CPU.
 
@@ -141,7 +144,7 @@ class _Run:
         self.schedule = build_schedule(self.optimizer, settings)
         self.evaluation = Evaluation(self.module, evaluation_dataset, collate, evaluate, settings, self.processes)
         self.step, self.losses, self.history, self.best = 0, list[float](), list[dict[str, Any]](), dict[str, Any]()
-        randomness.seed(settings.seed, self.processes.rank)
+        randomness.seed(settings.seed, self.processes.rank, device=device)
         plan.model.train()
         if saved is not None:
             self._restore(saved)

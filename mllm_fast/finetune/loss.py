@@ -62,7 +62,8 @@ def language_model_loss(
     for name in _SCALES:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise HeadHasToBeCalledError(f"the model scales its logits by {name}; use model(**batch).loss")
-    arguments = {name: value for name, value in batch.items() if name != "labels"}
+    # A cache is for tokens that come later; it would hold keys and values of layers that keep nothing for backward.
+    arguments = {"use_cache": False} | {name: value for name, value in batch.items() if name != "labels"}
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     if encoder_decoder and arguments.get("decoder_input_ids") is None:
         arguments["decoder_input_ids"] = _shifted_right(lm, labels)

@@ -66,26 +66,26 @@ def plain_decoder_layer_bytes(n: int, h: int, f: int, heads: int, e: int) -> int
 
 def gated_block_bytes(
     n: int, m: int, d: int, dm: int, q: int, kv: int, f: int, heads: int, e: int, *, kv_heads: int = 0, rms: bool = False,
-    head_norms: bool = False, gated: bool = False, media_casts: int = 0, weights: int = 0,
+    head_norms: bool = False, hidden: int = 2, media_casts: int = 0, weights: int = 0,
 ) -> int:  # fmt: skip
     """A trained gated cross-attention block over its text and media.
 
     e (n (6 d + 2 q + 2 f) + 2 m kv) + 4 n (heads + 4), and where e < 4 the residue e n q: the stream before, between and
     after, the results of both norms and of attention; queries and the attention's result; the network before and after its
-    activation; keys and values. A gated network keeps another 2 f. An RMS norm keeps its input in fp32, and its result
-    before the weight in fp32 too: 8 bytes in place of e, and so it is for norms over the heads of queries and keys.
+    activation (`hidden` times f: 2, for a ReLU 1, with a gate 4); keys and values. An RMS norm keeps its input, and its
+    result before the weight, in fp32: 8 bytes in place of e, and so it is for norms over the heads of queries and keys.
 
     Args:
         n, m: text tokens and media tokens of the batch.
         d, dm: their widths.
         q, kv: channels of all query heads and of all key heads.
-        f: width of the network.
+        f: width of the network; `hidden` times so much of it is kept.
         media_casts: how often the block rounds the media, m dm elements, because they come wider than e.
         weights: elements of the rounded copies of weights that are wider than e.
     """
     norm = 8 + e if rms else 2 * e
     total = n * d * (2 * norm + 2 * e) + 4 * n * (heads + (2 if rms else 4))
-    total += n * q * (2 * e + (e if e < 4 else 0)) + 2 * e * m * kv + e * n * f * (4 if gated else 2)
+    total += n * q * (2 * e + (e if e < 4 else 0)) + 2 * e * m * kv + e * n * f * hidden
     if head_norms:
         total += 8 * (n * q + m * kv) + 4 * (n * heads + m * kv_heads)
     return total + e * (media_casts * m * dm + weights)
@@ -93,15 +93,15 @@ def gated_block_bytes(
 
 def resampler_bytes(
     images: int, latents: int, m: int, d: int, q: int, kv: int, f: int, heads: int, layers: int, e: int, s: int, *,
-    head_norms: bool = False, weights: int = 0,
+    head_norms: bool = False, hidden: int = 2, weights: int = 0,
 ) -> int:  # fmt: skip
     """A trained Perceiver resampler.
 
     Of the media their norm and every layer's keys and values: e m (d + 2 kv layers). In each layer over R = images * latents
     rows: the stream twice (2 s R d), the results of both norms (2 e R d), queries, keys and values (e R (q + 2 kv)), the
     attention's result (e R q, and as much for the residue where e < 4), the network before and after its activation
-    (2 e R f), statistics (4 R (heads + 4)). In the first layer, up to its attention, all images' rows are the same and R is
-    the latents alone, whose stream is a parameter. Last, the stream that the final norm reads.
+    (2 e R f, for a ReLU half of it), statistics (4 R (heads + 4)). In the first layer, up to its attention, all images' rows
+    are the same: R is the latents alone, whose stream is a parameter. Last, the stream that the final norm reads.
 
     Args:
         m: media tokens of all images.
@@ -113,7 +113,9 @@ def resampler_bytes(
     for layer in range(layers):
         own = latents if layer == 0 else rows
         total += (0 if layer == 0 else s * own * d) + e * own * (d + q + 2 * kv) + 8 * own
-        total += e * rows * q * (2 if e < 4 else 1) + 4 * rows * (heads + 2) + s * rows * d + e * rows * (d + 2 * f)
+        total += (
+            e * rows * q * (2 if e < 4 else 1) + 4 * rows * (heads + 2) + s * rows * d + e * rows * (d + hidden * f)
+        )
         if head_norms:
             total += e * (own * (q + kv) + m * kv) + 8 * heads * (2 * own + m)
     return total + s * rows * d + 8 * rows

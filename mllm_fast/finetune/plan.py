@@ -127,7 +127,9 @@ class FinetuningPlan:
         table.add_section()
         table.add_row("all", "", "", f"{total:,}", *map(decimal, sums))
         console.print(table)
-        console.print(f"together {decimal(sum(sums))}" + ("" if estimated else ", without activations"))
+        unknown = [row.part for row in self.rows if estimated and row.activations is None]
+        left_out = "activations" if not estimated else f"those of {', '.join(unknown)}, which are not known"
+        console.print(f"together {decimal(sum(sums))}" + (f", without {left_out}" if unknown or not estimated else ""))
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 

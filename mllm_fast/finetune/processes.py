@@ -171,6 +171,20 @@ def shard(module: LossModule, layers: list[nn.Module]) -> None:
     fully_shard(module, ignored_params=left)
 
 
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """While it lasts, the model inside `module` can be called by itself, though its parameters are sharded."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        # A forward pass without a backward pass would leave them gathered.
+        module.reshard()
+
+
 def average_replicated(parameters: list[nn.Parameter], processes: Processes) -> None:
     """Average the gradients of the trained parameters that `shard` left whole."""
     for parameter in parameters:

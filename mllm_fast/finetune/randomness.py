@@ -38,10 +38,20 @@ def put(state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
 
 
-def seed(*parts: int) -> None:
-    """Seed every generator from several numbers, such that no two sets of numbers give related streams."""
+def seed(*parts: int, device: torch.device | str = "cpu") -> None:
+    """Seed the generators of the CPU and of `device` from several numbers, such that no two sets of numbers give related
+    streams.
+
+    Other devices are left alone: what is drawn for a row in the training process must not reset the dropout on the GPU.
+    """
     words = np.random.SeedSequence(parts).generate_state(6)
-    torch.manual_seed((int(words[0]) << 32) | int(words[1]))
+    number = (int(words[0]) << 32) | int(words[1])
+    torch.default_generator.manual_seed(number)
+    device = torch.device(device)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        with module.device(device):
+            module.manual_seed(number)
     np.random.seed(words[2:4])  # noqa: NPY002
     random.seed((int(words[4]) << 32) | int(words[5]))
 

@@ -106,8 +106,9 @@ def batches(
 ) -> DataLoader[tuple[list[int], Any]]:
     """Pairs (rows, collated batch) in the given order.
 
-    What a row's augmentation and `collate` draw from torch, numpy or Python depends on the seed and on the place in the run
-    alone: not on the number of workers, nor on where the run was stopped and resumed, nor does it disturb dropout.
+    What a row's augmentation and `collate` draw from torch's CPU generator, numpy or Python depends on the seed and on the
+    place in the run alone: not on the number of workers, nor on where the run was stopped and resumed. It does not disturb
+    dropout either.
 
     Args:
         dataset: `dataset[row]` is a sample.

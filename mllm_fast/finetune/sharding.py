@@ -28,7 +28,7 @@ def layers_to_shard(model: nn.Module) -> list[nn.Module]:
             elif isinstance(member, nn.Parameter):
                 bridge.add(id(member))
     lists = [stack for root in roots for stack in _outermost_lists(root)]
-    return [layer for stack in lists for child in stack for layer in _without(child, bridge)]
+    return [layer for stack in lists for child in stack.children() for layer in _without(child, bridge)]
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:

@@ -47,7 +47,7 @@ class TrainerModel(nn.Module):
         """
         if not batch:
             raise ValueError(
-                "the batch is empty: Trainer dropped what it did not find in forward; set "
+                "the batch is empty: Trainer drops what forward does not name; set "
                 "TrainingArguments(remove_unused_columns=False)"
             )
         loss, count, _ = self.module(batch)
@@ -57,7 +57,7 @@ class TrainerModel(nn.Module):
             loss = loss * (count / num_items_in_batch)
         return {"loss": loss}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters, by their names in the model."""
         return dict(self.plan.trained_state_dict())
 

@@ -188,7 +188,8 @@ class Flamingo(nn.Module):
             numbers: [N] which of its sample's images each one is, where the resampler has embeddings for that.
         """
         video = images.ndim == 5
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vision):
+        trained = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             patches = self.vision_encoder(images.flatten(0, 1) if video else images)
         patches = getattr(patches, "last_hidden_state", patches)
         if patches.ndim != 3 or patches.shape[-1] != self.config.vision_dim:

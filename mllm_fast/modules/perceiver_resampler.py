@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels.attention import Mask
-from ..kernels.linear import StackedWeight, stack_weights
+from ..kernels.linear import StackedWeight, lowers_by_panels, stack_weights
 from ..kernels.norm import Norm
 from . import children
 from .gated_cross_attention import norm_class
@@ -139,7 +139,7 @@ def _latent_projections(
     layer = spec.layers[i]
     norm = children.resolve(module, layer.norm_latents)
     projections = [children.resolve(module, path) for path in (layer.q, *layer.keys_values)]
-    if all(children.readable_linear(p) for p in projections):
+    if all(children.readable_linear(p) for p in projections) and not _lowers(x, projections):
         stacked = _stacked(state, ("latents", i), projections, None)
         read = children.read_norm(norm)
         x = x if read is not None else norm(x)
@@ -164,7 +164,8 @@ def _media_keys_values(
     reads = [children.read_norm(norm) for norm in norms]
     flat = [p for layer in projections for p in layer]
     shared = len({(read.kind, read.eps) for read in reads if read is not None}) == 1 and None not in reads
-    if state.options.level >= 1 and shared and all(children.readable_linear(p) for p in flat):
+    readable = all(children.readable_linear(p) for p in flat)
+    if state.options.level >= 1 and shared and readable and not _lowers(media, flat):
         folded = [read for read, layer in zip(reads, projections, strict=True) for _ in layer]
         stacked = _stacked(state, "media", flat, folded)
         plain = Norm(reads[0].kind, None, None, reads[0].eps)
@@ -179,6 +180,11 @@ def _media_keys_values(
     shape = (spec.kv_heads, spec.head_dim)
     split = [pair if per_layer == 2 else pair[0].chunk(2, dim=-1) for pair in pairs]
     return [(k.unflatten(-1, shape), v.unflatten(-1, shape)) for k, v in split]
+
+
+def _lowers(x: Tensor, linears: Sequence[nn.Module]) -> bool:
+    """Whether trained fp32 weights are multiplied in 16 bits on a CPU: stacks of them would be copies to keep for backward."""
+    return any(lowers_by_panels(x, linear.weight) for linear in linears)
 
 
 def _stacked(

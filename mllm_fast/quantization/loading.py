@@ -54,7 +54,7 @@ def load(
     gated_layers: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A model of transformers (BLIP-2, InstructBLIP, LLaVA, Idefics, ... or a language model), quantised and fused.
+    """A model of transformers (BLIP-2, LLaVA, Idefics, a language model, ...) or of `mllm_fast.models`, quantised and fused.
 
     The weights are read, quantised and dropped one by one, so that at most the quantised model and one file of the
     checkpoint are in memory. What is quantised is what `quantize_llm` quantises; `quantization_report(model)` shows
@@ -176,6 +176,10 @@ def _from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
         raise _not_found(name, error) from error
     except (SafetensorError, EOFError, json.JSONDecodeError) as error:
         raise _unreadable(name, error) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _unreadable(name, "its tensors do not have the shapes that its config.json gives") from error
     except pickle.UnpicklingError as error:
         reason = "it holds pickled objects other than tensors, which can run code; convert it to safetensors where you trust it"
         raise _unreadable(name, reason) from error

@@ -25,7 +25,10 @@ RUN = (
     ("mllm-fast", "--version"),
     ("mllm-fast", "bench", "--list"),
     ("mllm-fast", "bench", "--compare"),
+    ("mllm-fast", "finetune", "--list"),
 )
+# The same for files that the page itself has made.
+RUN_HERE = (("mllm-fast", "finetune", "run.yaml"),)
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,19 @@ def inline_commands(page: Path) -> list[list[str]]:
     return [shlex.split(code) for code in re.findall(r"`((?:mllm-fast|make) [^`]+)`", text)]
 
 
-def check_command(words: list[str]) -> None:
-    """Run a cheap command; of any other check that it is one, with arguments that it takes and files that exist."""
+def check_command(words: list[str], folder: Path = ROOT) -> None:
+    """Run a cheap command; of any other check that it is one, with arguments that it takes and files that exist.
+
+    Args:
+        words: of the command.
+        folder: of the page's own files.
+    """
     while "=" in words[0]:  # variables of the environment
         words = words[1:]
     if words[:3] == ["python", "-m", "bench"]:
         words = ["mllm-fast", "bench", *words[3:]]
     if words[0] == "mllm-fast":
-        _check_mllm_fast(words)
+        _check_mllm_fast(words, folder)
     elif words[0] == "make":
         known = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         targets = [word for word in words[1:] if "=" not in word]
@@ -95,10 +103,19 @@ def check_command(words: list[str]) -> None:
         raise AssertionError(f"{words}: a command that this test does not know")
 
 
-def _check_mllm_fast(words: list[str]) -> None:
-    if any(words[: len(prefix)] == list(prefix) for prefix in RUN):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            assert cli.main(words[1:]) == 0, f"{words} failed"
+def _check_mllm_fast(words: list[str], folder: Path) -> None:
+    here = any(words[: len(prefix)] == list(prefix) for prefix in RUN_HERE)
+    if here or any(words[: len(prefix)] == list(prefix) for prefix in RUN):
+        with (
+            contextlib.chdir(folder if here else ROOT),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+        ):
+            try:
+                status: object = cli.main(words[1:])
+            except SystemExit as end:
+                status = end.code
+        assert not status, f"{words} failed: {errors.getvalue()}"
         return
     if len(words) == 2:  # named, not called
         assert words[1] in {command.name for command in cli.COMMANDS}, f"{words}: there is no such command"

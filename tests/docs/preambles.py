@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.families import llava_models
+from mllm_fast.pipeline import drawn_image
+from tests.cli import systems as cli_systems
 from tests.quantization import systems
 
 Namespace = dict[str, Any]
@@ -40,7 +41,16 @@ def _quantising(folder: Path) -> Namespace:
 
 
 def _finetuning(folder: Path) -> Namespace:
-    return {"model": llava_models.model(), "inputs": llava_models.inputs()}
+    """A LLaVA with a prompt; another one in a folder with its processor; and pictures with captions."""
+    cli_systems.llava(folder / "path" / "to" / "model")
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    lines = ["image,caption"]
+    for i in range(6):
+        drawn_image(20 + i).save(pictures / f"{i}.png")
+        lines.append(f"{i}.png,a picture of the image.")
+    (pictures / "captions.csv").write_text("\n".join(lines) + "\n")
+    return {"model": systems.llava(), "inputs": systems.inputs("llava")}
 
 
 _PAGES: dict[str, Callable[[Path], Namespace]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, check_command, inli
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page one after another, in one namespace that its preamble prepares, in an empty folder."""
+    """The blocks of a page one after another, in one namespace that its preamble prepares, in a folder of their own.
+
+    A block of YAML is the file run.yaml of the commands after it.
+    """
     namespace = preambles.namespace(page.relative_to(ROOT).as_posix(), tmp_path)
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
@@ -29,10 +33,10 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 warnings.simplefilter("ignore")
                 exec(code, namespace)
         elif block.language == "bash":
-            monkeypatch.chdir(ROOT)
             for words in block.commands():
-                check_command(words)
-            monkeypatch.chdir(tmp_path)
+                check_command(words, tmp_path)
+        elif block.language == "yaml":
+            (tmp_path / "run.yaml").write_text(block.text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -66,3 +70,42 @@ def test_files_that_are_named(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page.name} names {path}, which does not exist"
         if function:
             assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page.name}: no {name}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make nothing", "mllm-fast nothing", "mllm-fast generate", "mllm-fast info --no-such-option",
+        "mllm-fast bench --no-such-option", "pytest tests/no_such_file.py", "pip install 'mllm-fast[nothing]'", "curl x",
+        "mllm-fast finetune run.yaml",
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_found(command: str, tmp_path: Path) -> None:
+    if command == "mllm-fast generate":  # to name a command alone is right
+        check_command(shlex.split(command))
+        command += " path/to/model"  # without an image it is not
+    with pytest.raises(AssertionError):
+        check_command(shlex.split(command), tmp_path)
+
+
+def test_a_page_is_read_as_it_is_written(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    lines = [
+        "# Page",
+        "```python",
+        "x = 1",
+        "```",
+        "<!-- not run: no GPU -->",
+        "```bash",
+        "make gpu",
+        "```",
+        "```",
+        "a b",
+        "```",
+    ]
+    page.write_text("\n".join(lines))
+    found = [(block.language, block.line, block.not_run) for block in blocks(page)]
+    assert found == [("python", 3, ""), ("bash", 7, "no GPU"), ("text", 10, "")]
+    page.write_text("```python\nx = 1\n")
+    with pytest.raises(AssertionError, match="not closed"):
+        blocks(page)

@@ -51,6 +51,6 @@ def test_every_example_is_tested() -> None:
 
 def test_every_example_says_what_it_does_and_is_listed() -> None:
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    for path in EXAMPLES.glob("*.py"):
+    for path in sorted(EXAMPLES.glob("*.py")):
         assert path.read_text(encoding="utf-8").startswith('"""'), f"{path.name} has no docstring"
         assert f"({path.name})" in listed, f"examples/README.md does not name {path.name}"

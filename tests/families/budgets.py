@@ -7,6 +7,7 @@ a layer of the Perceiver resampler 6 (22), a layer of BLIP's text decoder in a d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from transformers import (
     BlipTextModel,
     DynamicCache,
     EncoderDecoderCache,
+    IdeficsConfig,
+    IdeficsModel,
     InstructBlipQFormerConfig,
     InstructBlipQFormerModel,
 )
@@ -162,7 +165,8 @@ CASES = [
     Case("resampler layer", 6, _resampler, _resampler_calls, layers=6, first_runs=False),
 ]
 
-DECODER_LAYER = 10
+# Of BLIP's text decoder and of IDEFICS with normalised queries and keys, in a decode step.
+DECODER_LAYER, GATED_LAYER = 10, 5
 
 
 def text_decoder(s: Sizes, layers: int) -> BlipTextModel:
@@ -191,3 +195,29 @@ def decode_calls(model: nn.Module, s: Sizes, make: Make) -> list[Call]:
     lengths = (3, 1, 1)
     ids = [make(s.batch, length, dtype=torch.long) for length in lengths]
     return [lambda i=i: call(ids[i], sum(lengths[: i + 1])) for i in range(3)]
+
+
+def idefics_9b(layers: int, every: int) -> IdeficsModel:
+    """IDEFICS-9B with so many layers and a gated one before every `every`-th; no vision encoder to speak of."""
+    config = IdeficsConfig(
+        vocab_size=50, additional_vocab_size=0, num_hidden_layers=layers, cross_layer_interval=every,
+        use_resampler=False, qk_layer_norms=True, vision_config={"embed_dim": 1280, "num_hidden_layers": 1},
+        perceiver_config={"use_resampler": False},
+    )  # fmt: skip
+    return IdeficsModel._from_config(config, attn_implementation="sdpa")
+
+
+def idefics_calls(model: nn.Module, images: int, make: Make) -> list[Call]:
+    """A prompt and two steps after it."""
+    cache, media = DynamicCache(), make(1, images, 64, 1280)
+
+    def call(new: int, keys: int) -> Tensor:
+        out = model(
+            input_ids=make(1, new, dtype=torch.long), attention_mask=make(1, keys, dtype=torch.long),
+            image_attention_mask=make(1, new, images, dtype=torch.long), image_encoder_embeddings=media,
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        states: Tensor = out.last_hidden_state
+        return states
+
+    return [functools.partial(call, new, keys) for new, keys in ((64, 64), (1, 65), (1, 66))]

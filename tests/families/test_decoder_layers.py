@@ -2,126 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
-import mllm_fast
-from mllm_fast.families import decoder_layers as family
+from tests.families.frozen_decoders import KINDS, SEVEN, SIZES, adapted, close, count_layers, fused, inputs, results
 from tests.families.quantized_layers import error
-
-KINDS = ("nf4", "int8", "dense")
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 61,
-    "max_position_embeddings": 64,
-}
-Results = dict[str, Tensor]
-
-
-@functools.cache
-def pretrained(name: str, kind: str, compute: torch.dtype) -> nn.Module:
-    """A frozen model of a class of transformers, with random norms and biases; bitsandbytes' own layers."""
-    torch.manual_seed(0)
-    heads = {} if name == "Llama" else {"num_key_value_heads": 2}
-    extra: dict[str, Any] = {"attention_bias": True, "mlp_bias": True} if name == "Llama" else {}
-    config = getattr(transformers, f"{name}Config")(**SIZES, **heads, **extra, attn_implementation="sdpa")
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0, 0.2) if parameter.ndim == 1 else parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-            parameter.copy_(parameter.to(torch.bfloat16))
-    if kind != "dense":
-        mllm_fast.quantize_llm(model, kind, compute_dtype=compute)  # type: ignore[arg-type]
-        mllm_fast.unfuse(model)
-    return model.requires_grad_(False)
-
-
-def adapted(
-    name: str = "Llama",
-    kind: str = "nf4",
-    dtype: torch.dtype = torch.float32,
-    *,
-    targets: tuple[str, ...] = SEVEN,
-    compute: torch.dtype | None = None,
-    **options: Any,
-) -> nn.Module:
-    """The model with PEFT's LoRA, B not zero."""
-    model = copy.deepcopy(pretrained(name, kind, compute or dtype))
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    if targets:
-        torch.manual_seed(1)
-        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(targets)} | options)
-        peft.inject_adapter_in_model(config, model)
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                parameter.data = parameter.data.float()
-                if "lora_B" in key:
-                    nn.init.normal_(parameter, std=0.2)
-    return model.train()
-
-
-def fused(model: nn.Module) -> nn.Module:
-    ours = copy.deepcopy(model)
-    report = mllm_fast.fuse(ours, training=True)
-    assert sum("DecoderLayer" in row.now for row in report.fused) == 2
-    return ours
-
-
-def inputs(dtype: torch.dtype = torch.float32, *, padded: bool = True) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2, 7, SIZES["hidden_size"], generator=generator).to(dtype)
-    mask = torch.ones(2, 7, dtype=torch.long)
-    if padded:
-        mask[1, 5:] = 0
-    return {"inputs_embeds": x, "attention_mask": mask}
-
-
-def results(model: nn.Module, given: dict[str, Tensor], **kwargs: Any) -> Results:
-    """The last hidden states, and every gradient of a fixed functional of them."""
-    x = given["inputs_embeds"].clone().requires_grad_()
-    model.zero_grad()
-    base: Any = model.model  # type: ignore[union-attr]
-    y = base(**given | {"inputs_embeds": x}, use_cache=False, **kwargs).last_hidden_state
-    (y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)).sum().backward()
-    assert x.grad is not None
-    found = {"y": y.detach(), "dx": x.grad}
-    return found | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def close(ours: Results, theirs: Results, tolerance: float = 5e-6) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, reference in theirs.items():
-        assert ours[name].dtype == reference.dtype, name
-        assert error(ours[name], reference.double()) < tolerance, name
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One entry for each layer that ran its own way."""
-    seen: list[Any] = []
-    original: Callable[..., Tensor] = family.gated_mlp
-
-    def counted(*args: Any) -> Tensor:
-        seen.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(family, "gated_mlp", counted)
-    return seen
+    return count_layers(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,22 +13,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from mllm_fast.finetune import NonFiniteLossError, RunExistsError, TrainingInterrupted, join_processes, train
+from mllm_fast.finetune import (
+    FinetuningPlan,
+    NonFiniteLossError,
+    RunExistsError,
+    TrainingInterrupted,
+    join_processes,
+    train,
+)
 from mllm_fast.finetune.sampling import RowOrder
 from tests.finetune import runs
 
+SHARDED: list[str] = []
 QUIET = runs.Captions(24, augment=False)
+
+
+def plan(kind: str, dropout: float = 0.0) -> FinetuningPlan:
+    """Over a dense language model one of the gates is a single number, which FSDP2 cannot shard."""
+    made = runs.plan(kind, dropout=dropout)
+    if kind == "dense":
+        gate = made.trained["blocks.0.attn_gate"]
+        gate.data = gate.data.reshape(())
+    return made
 
 
 def run(folder: Path, steps: int = 4, *, kind: str = "nf4", **changes: Any) -> Any:
     """Two processes with batches of 2 see the rows that one sees with batches of 4."""
     told = {"batch_size": 2 if dist.is_initialized() else 4, "accumulation": 2, **changes}
-    call = {name: told.pop(name) for name in ("resume", "evaluation_dataset") if name in told}
+    call = {name: told.pop(name) for name in ("resume", "evaluation_dataset", "evaluate") if name in told}
     loss = told.pop("loss", runs.loss)
-    plan = runs.plan(kind, dropout=told.pop("dropout", 0.0))
+    made = plan(kind, told.pop("dropout", 0.0))
     settings = runs.settings(steps, **told)
-    return train(plan, loss, QUIET, runs.collate, settings, folder, progress=False, **call)
+    result = train(made, loss, QUIET, runs.collate, settings, folder, progress=False, **call)
+    SHARDED[:] = [name for name, p in made.model.named_parameters() if isinstance(p, DTensor)]
+    return result
 
 
 def order(rank: int) -> RowOrder:
@@ -39,7 +59,14 @@ def order(rank: int) -> RowOrder:
 def ddp(folder: Path, parallel: str = "ddp", kind: str = "nf4") -> Any:
     """Train with an evaluation over rows that do not come out even."""
     held_out = runs.Captions(7, augment=False)
-    return run(folder, parallel=parallel, kind=kind, evaluation_dataset=held_out, evaluate_every=2).__dict__
+    batch = runs.collate([held_out[row] for row in range(7)])
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {"own loss": model(**batch).loss.item()}
+
+    evaluation = {"evaluation_dataset": held_out, "evaluate": evaluate, "evaluate_every": 2}
+    result = run(folder, parallel=parallel, kind=kind, **evaluation)
+    return {**result.__dict__, "sharded": list(SHARDED)}
 
 
 def fsdp(folder: Path) -> Any:
@@ -90,10 +117,11 @@ def errors(folder: Path) -> Any:
         loss = runs.loss(model, batch)
         return loss if dist.get_rank() == 0 else loss | {"loss": loss["loss"] * float("nan")}
 
-    try:
-        run(folder / "bad", 1, loss=bad)
-    except NonFiniteLossError as error:
-        found["nan"] = str(error)
+    for parallel in ("ddp", "fsdp"):
+        try:
+            run(folder / parallel, 1, loss=bad, parallel=parallel)
+        except NonFiniteLossError as error:
+            found[parallel] = str(error)
     return found
 
 

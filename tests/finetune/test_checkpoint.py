@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -269,8 +268,7 @@ def test_killed_and_resumed_in_other_processes(tmp_path: Path) -> None:
 
 def run_here(output: Path, steps: int) -> TrainingResult:
     data, told = runs.Captions(), runs.settings(steps)
-    with warnings.catch_warnings():
-        return train(runs.plan(), runs.loss, data, runs.collate, told, output, progress=False)
+    return train(runs.plan(), runs.loss, data, runs.collate, told, output, progress=False)
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:

@@ -129,6 +129,19 @@ def test_layers_below_the_first_trained_one_keep_nothing() -> None:
     assert not {"0", "vision", "embeddings"} & set(saved.bytes)
 
 
+@pytest.mark.parametrize("name", ["llava", "flamingo_hf"])
+@pytest.mark.parametrize("how", ["none", "recompute"])
+def test_transformers_own_switch_is_undone(name: str, how: Any) -> None:
+    model, batch = built(name)
+    (model if name == "llava" else model.model).gradient_checkpointing_enable()
+    prepare_finetuning(model, "lora", lora=Lora(r=2, targets=("layers.1.self_attn.q_proj",)), checkpointing=how)
+    lm = model.model.language_model if name == "llava" else model.model.lm.model
+    with saving(model, {"0": lm.layers[0], "embeddings": lm.embed_tokens}) as saved:
+        step(model, name, batch)
+    assert not {"0", "embeddings"} & set(saved.bytes)
+    assert lm.layers[1].gradient_checkpointing == (how == "recompute")
+
+
 @pytest.mark.parametrize("name", ["open_flamingo", "blip2"])
 def test_in_evaluation_nothing_is_recomputed(name: str) -> None:
     model, batch = built(name)

@@ -15,7 +15,10 @@ import torch
 
 from mllm_fast.finetune import read_trained
 from mllm_fast.finetune.processes import Processes
-from tests.finetune import distributed_runs, runs
+from mllm_fast.finetune.sharding import layers_to_shard
+from tests.families import builders
+from tests.finetune import distributed_runs
+from tests.models import helpers
 
 ROOT = Path(__file__).parents[2]
 TRAINED = ["ddp", "fsdp", "fsdp_dense"]
@@ -38,25 +41,26 @@ def found(folder: Path, name: str) -> list[Any]:
     return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_the_same_losses_as_one_process(folder: Path, tmp_path: Path, name: str) -> None:
-    kind = "dense" if name == "fsdp_dense" else "nf4"
+@pytest.mark.parametrize("case", TRAINED)
+def test_the_same_losses_as_one_process(folder: Path, tmp_path: Path, case: str) -> None:
+    kind = "dense" if case == "fsdp_dense" else "nf4"
     one = distributed_runs.ddp(tmp_path, kind=kind)
-    first, second = found(folder, name)
+    first, second = found(folder, case)
     assert first["losses"] == second["losses"]
     np.testing.assert_allclose(first["losses"], one["losses"], rtol=1e-4)
     for own, entry in zip(first["history"], one["history"], strict=True):
         np.testing.assert_allclose(own.get("gradient_norm", 0), entry.get("gradient_norm", 0), rtol=1e-3)
         if "evaluation" in entry:
-            np.testing.assert_allclose(own["evaluation"]["loss"], entry["evaluation"]["loss"], rtol=1e-4)
+            for name in ("loss", "own loss"):
+                np.testing.assert_allclose(own["evaluation"][name], entry["evaluation"]["loss"], rtol=1e-4)
     # The whole trained tensors, under the model's names, and nothing else.
-    weights, expected = read_trained(folder / name), read_trained(tmp_path)
+    weights, expected = read_trained(folder / case), read_trained(tmp_path)
     assert weights.keys() == expected.keys()
-    before = runs.plan(kind).trained
+    before = distributed_runs.plan(kind).trained
     for key, value in expected.items():
         moved = (value - before[key]).abs().max()
         assert (weights[key] - value).abs().max() < 0.05 * moved + 1e-6, key
-    assert sorted(p.name for p in (folder / name).iterdir()) == sorted(p.name for p in tmp_path.iterdir())
+    assert sorted(p.name for p in (folder / case).iterdir()) == sorted(p.name for p in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -74,7 +78,29 @@ def test_errors_of_one_process_are_those_of_all(folder: Path) -> None:
     assert "already holds a run" in first["exists"]
     # The rows are those of the process whose loss was NaN: the second half of the batch.
     rows = [row for _, row in next(iter(distributed_runs.order(rank=1)))]
-    assert f"Rows of the data set in this batch: {rows[0]}, {rows[1]}." in first["nan"]
+    for parallel in ("ddp", "fsdp"):
+        assert f"Rows of the data set in this batch: {rows[0]}, {rows[1]}." in first[parallel]
+
+
+def test_what_fsdp_shards(folder: Path) -> None:
+    assert found(folder, "ddp")[0]["sharded"] == []
+    for name in ("fsdp", "fsdp_dense"):
+        plan = distributed_runs.plan("dense" if name == "fsdp_dense" else "nf4")
+        dense = {n for n, p in plan.model.named_parameters() if p.is_floating_point() and p.dim()}
+        assert set(found(folder, name)[1]["sharded"]) == dense
+        assert set(plan.names) - dense == ({"blocks.0.attn_gate"} if name == "fsdp_dense" else set())
+
+
+def test_the_layers_that_fsdp_gathers_one_by_one() -> None:
+    flamingo = helpers.flamingo()
+    assert layers_to_shard(flamingo) == list(flamingo.lm.model.layers)
+    # Here the gated blocks lie inside the layers.
+    model = builders.of_model()
+    layers = layers_to_shard(model)
+    assert layers
+    gated = {id(p) for n, p in model.named_parameters() if "gated_cross_attn" in n}
+    assert gated
+    assert not any(id(p) in gated for layer in layers for p in layer.parameters())
 
 
 def test_processes_that_were_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,13 @@ def test_rows_do_not_depend_on_the_workers() -> None:
         assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
+def test_rows_leave_the_generator_of_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed would set it too, and every batch would have the same dropout."""
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda seed: pytest.fail("it was seeded"))
+    assert len(list(batches(runs.Captions(), runs.collate, RowOrder(21, 3, 3, 0, 2)))) == 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stopped_by_a_signal_and_resumed(tmp_path: Path, workers: int) -> None:
     """Dropout, augmentation, accumulation and shuffling: bit for bit."""

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 import mllm_fast
 from mllm_fast.families.bitsandbytes import FusedLinear4bit
@@ -297,6 +298,21 @@ def test_the_vision_model_keeps_nothing_below_its_trained_norm() -> None:
     with saving(model, {"encoder": model.vision_model.encoder}) as saved:
         SYSTEMS["blip2"].loss(model, batch).backward()
     assert saved.bytes["encoder"] > 0
+
+
+def test_the_loss_makes_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold keys and values of the layers that keep nothing."""
+    calls: list[int] = []
+    update = DynamicLayer.update
+    monkeypatch.setattr(DynamicLayer, "update", lambda *args: (calls.append(1), update(*args))[1])
+    for name in ("llava", "blip2", "blip2_t5", "flamingo_hf", "minigpt4"):
+        model, batch = built(name)
+        prepare_finetuning(model, "projection" if name in ("llava", "minigpt4") else "bridge")
+        loss = language_model_loss(model, batch)
+        assert not calls, name
+        torch.testing.assert_close(loss, SYSTEMS[name].loss(model, batch).float(), atol=1e-4, rtol=1e-4)
+        assert calls, "the test sees nothing"
+        calls.clear()
 
 
 def test_the_meter_of_saved_tensors() -> None:

@@ -108,6 +108,7 @@ def through_meta(model: nn.Module) -> nn.Module:
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     model.to("meta")
     model.to_empty(device="cpu")
+    model.tie_weights()  # type: ignore[operator]  # to_empty unties them
     model.load_state_dict(state)
     with torch.no_grad():
         for name, t in model.named_buffers():
@@ -130,7 +131,7 @@ def through_pickle(model: nn.Module) -> nn.Module:
 def add_lora(model: nn.Module, targets: tuple[str, ...], seed: int) -> None:
     """Rank 2, with B drawn: upstream's 0 would hide it."""
     names = "|".join(target.replace(".", r"\.") for target in targets)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=rf".*({names})$")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=rf"(.*\.)?({names})$")
     peft.inject_adapter_in_model(config, model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -5,6 +5,7 @@ Every loader raises a ValueError or an OSError that names the file or folder; th
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -46,6 +47,17 @@ def flipped(content: bytes, data: st.DataObject) -> bytes:
     return bytes(changed)
 
 
+def check(path: Path, read: Callable[[Path], Any]) -> None:
+    """What was overwritten may be no harm; otherwise the error is one line that names the file."""
+    said = str(path)
+    try:
+        read(path)
+    except ValueError as error:
+        said = str(error)
+    assert str(path) in said
+    assert "\n" not in said
+
+
 # images
 
 
@@ -66,11 +78,7 @@ def test_images(kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPat
     content = encoded(kind)
     damaged = data.draw(st.sampled_from(cuts(content)) | st.builds(lambda: flipped(content, data)))
     path.write_bytes(damaged)
-    try:
-        assert read_image(path).mode == "RGB"
-    except ValueError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
+    check(path, read_image)
 
 
 def test_an_image_of_a_billion_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,14 +107,6 @@ CHECKPOINTS: dict[str, Callable[[], bytes]] = {
 }
 
 
-def check_reading(path: Path, meta: bool) -> None:
-    try:
-        read_checkpoint(path, meta=meta)
-    except ValueError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
-
-
 @pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_cut_checkpoints(name: str, meta: bool, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_overwritten_checkpoints(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(flipped(CHECKPOINTS[name](), data))
-    check_reading(path, meta)
+    check(path, functools.partial(read_checkpoint, meta=meta))
 
 
 @pytest.mark.parametrize("content", [*GARBAGE, b'{"weight_map": 3}', b'{"weight_map": {"a": 3}}'], ids=str)

@@ -16,7 +16,7 @@ from tests.robustness.drawn_models import MODELS
 # A model with a language model takes longer than a block.
 # RMS norms of transformers compute in fp32 whatever the dtype.
 IN_FP32 = ("idefics", "open_flamingo", "llava", "mllama", "mplug_owl")
-EXAMPLES = {name: 15 if "of " in name else 5 for name in MODELS}
+EXAMPLES = {name: 15 if "of " in name else 3 if name == "open_flamingo" else 5 for name in MODELS}
 
 
 @pytest.mark.parametrize("name", MODELS)

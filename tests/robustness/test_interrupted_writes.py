@@ -52,7 +52,9 @@ WRITERS = {
     "verify.json": (
         "from mllm_fast.verification import Compared, VerifyReport\n"
         "rows = tuple(Compared(f'output {i}', (limit,), 1.0, 1.0, True) for i in range(99))\n"
-        "report = VerifyReport('M', 'float32', 'float64', 'cpu', 'torch', 1, (), rows, 0, 0)",
+        "numbers = dict.fromkeys(('fused', 'native', 'new_tokens', 'same_tokens'), 1)\n"
+        "names = dict.fromkeys(('model', 'dtype', 'wide', 'device', 'backend'), 'float32')\n"
+        "report = VerifyReport(**names, **numbers, left_alone=(), outputs=rows)",
         "report.save(path)",
     ),
     "bench.json": (

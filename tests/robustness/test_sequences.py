@@ -163,7 +163,8 @@ class Life(RuleBasedStateMachine):
         with mllm_fast.backend("torch"):
             ours, theirs = logits(self.model, inputs), logits(twin, inputs)
         if dtype.itemsize >= 4:
-            error, allowed = (ours - theirs).abs().max(), 1e-3 if dtype == torch.float32 else 1e-9
+            # Norms of transformers compute in fp32 whatever the dtype.
+            error, allowed = (ours - theirs).abs().max(), 1e-3 if dtype == torch.float32 else 1e-5
         else:
             exact = logits(twin.float(), inputs)
             error, allowed = (ours - exact).square().mean().sqrt(), 2 * (theirs - exact).square().mean().sqrt() + 1e-2

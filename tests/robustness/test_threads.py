@@ -48,7 +48,7 @@ def passes(model: nn.Module, system: System, seeds: tuple[int, ...]) -> list[Ten
             for seed in seeds:
                 inputs = prepared(system, seed)
                 found.append(model(**inputs).logits)
-                pads = {"pad_token_id": 0}
+                pads = {"pad_token_id": 0} if hasattr(model, "lang_encoder") else {}
                 found.append(model.generate(**inputs, max_new_tokens=3, do_sample=False, **pads))  # type: ignore[operator]
     return found
 
