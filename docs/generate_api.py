@@ -135,7 +135,7 @@ def _signature(value: Any) -> str:
         return ""
     signature = inspect.signature(value)
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values() if not p.name.startswith("_")]
-    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty)).replace("<factory>", "...")
 
 
 def _block(head: str, value: Any) -> str:

@@ -1,8 +1,8 @@
 """Launch configurations of the attention kernels: a function of architecture, shape bucket and dtype, never autotuned.
 
-The choices are such that nothing spills and everything fits into shared memory on each architecture (which the audit
-checks by compiling them all). Tiles follow the number of rows that share keys, because an idle row costs as much as a
-busy one; below 16 rows tl.dot has no smaller tile.
+The choices are such that nothing spills, with Triton 3.6 and with 3.7, and everything fits into shared memory on each
+architecture (which the audit checks by compiling them all). Tiles follow the number of rows that share keys, because an idle
+row costs as much as a busy one; below 16 rows tl.dot has no smaller tile.
 """
 
 from __future__ import annotations
@@ -78,15 +78,25 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
     first, second = split_width(width)
     wide = first + second
     if itemsize == 4:
-        return _fit(_fp32_config(arch, wide), arch, itemsize, media)
+        config = _fp32_config(arch, wide)
+        if arch == "sm_90" and 64 < wide <= 128:
+            # What is loaded ahead waits in shared memory instead of registers; dQ would spill with it.
+            config = replace(config, num_stages=2)
+        return _fit(config, arch, itemsize, media)
     if arch == "gfx942":
         stages = 1 if wide > 128 else 2
     elif arch == "sm_90":
         stages = 3 if wide <= 128 else 2
     else:
         stages = 3 if wide <= 64 else 2
+    registers = None
     if rows <= 32:
         BM, BN, warps = 16 if rows <= 16 else 32, 32 if wide > 128 or (second and rows > 16) else 64, 4
+        if arch == "sm_90" and rows <= 16:
+            # Else the assembler spills for a third block in a multiprocessor.
+            if media is not None and media.words > 1:
+                stages = 2
+            registers = 255 if wide > 128 else None
     elif wide > 128:
         BM, BN, warps = 64, 32, 8
     elif rows > 64 and tiles_of_128 >= PROCESSORS[arch] and media is None and (wide <= 64 or arch == "sm_90"):
@@ -99,7 +109,7 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
             warps = 8 if wide > 64 else 4
             if warps == 4 and media is not None and media.words > 1:
                 BM, BN, stages = 32, 64, 2
-    return _fit(Config(BM, BN, warps, stages), arch, itemsize, media)
+    return _fit(Config(BM, BN, warps, stages, registers), arch, itemsize, media)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,6 +139,11 @@ def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, media:
         BN = 32 if wide <= 64 and media is None else 16
         return _fit(Config(16, BN, 4 if wide <= 64 else 8, 1), arch, itemsize, media)
     # Two accumulators of [BN, D] stay in registers: with tiles of more rows, it spills.
+    if arch == "sm_90" and rows > 16 and wide <= 128 and (wide <= 64 or media is None):
+        # Triton 3.6 needs many registers to keep products under way across iterations. Eight warps share out 128 keys;
+        # with 64, each product would be computed twice.
+        config = Config(32, 64, 4, 1) if wide <= 64 else Config(16, 128, 8, 2 if wide <= 96 else 1)
+        return _fit(config, arch, itemsize, media)
     stages = 1 if arch == "gfx942" else 2
     few = rows <= 16 or wide > 128 or (wide > 64 and (arch == "sm_80" or media is not None))
     narrow = wide <= (80 if arch == "sm_80" else 64)

@@ -1,8 +1,8 @@
 """Launch configurations of the linear kernels: a function of architecture, sizes and dtype, never autotuned.
 
-Chosen from compile-time resources (nothing spills and everything fits into shared memory on each architecture, which the
-audit checks by compiling them all) and from a roofline; not measured yet, as are the shares of it that `_TILES` and `plan`
-assume.
+Chosen from compile-time resources (nothing spills, with Triton 3.6 and with 3.7, and everything fits into shared memory on
+each architecture, which the audit checks by compiling them all) and from a roofline; not measured yet, as are the shares of
+it that `_TILES` and `plan` assume.
 """
 
 from __future__ import annotations
@@ -168,7 +168,11 @@ def _fit(arch: Arch, p: Problem, config: Config) -> Config:
     if p.width % config.step:
         # Masked in K, perhaps unaligned, and so loaded through registers: small tiles.
         BK = next_power_of_2(cdiv(p.width, config.SLICES))
-        config = replace(config, BK=max(16, min(32, BK)))
+        most = 16 if arch == "sm_90" and config.SLICES > 1 and config.BM * config.BN >= 16 * 32 else 32
+        config = replace(config, BK=max(16, min(most, BK)))
+    elif arch == "sm_90" and p.itemsize == 4 and p.glu and config.BM == config.BN == 16:
+        # Two products, each of three parts, of a longer step take all registers.
+        config = replace(config, BK=min(32, config.BK))
     stage = config.step * (config.BM * p.itemsize_x + config.BN * p.itemsize * (2 if p.glu else 1))
     small = config.BM * config.BN < 128 * 64
     stages = (_SHARED_SMALL if small else _SHARED)[arch] // stage

@@ -1,7 +1,8 @@
 """Launch configurations of the quantised kernels: a function of architecture, sizes and dtype, never autotuned.
 
-They were chosen from compile-time resources: nothing spills, everything fits into shared memory, and the instructions per
-element of W, which bound these kernels before memory does on large GPUs, are few. None has been timed yet.
+They were chosen from compile-time resources: nothing spills, with Triton 3.6 and with 3.7, everything fits into shared
+memory, and the instructions per element of W, which bound these kernels before memory does on large GPUs, are few. None has
+been timed yet.
 """
 
 from __future__ import annotations
@@ -74,8 +75,14 @@ def product_config(arch: Arch, rows: int, bits: int, block: int, itemsize: int, 
 
 
 @functools.lru_cache(maxsize=4096)
-def gradient_config(arch: Arch, rows: int, bits: int, block: int, half: bool, itemsize: int) -> Config:
-    """For `gradient_tiles`; as for `product_config`, and `half`: fp16, where dY times the scales might underflow."""
+def gradient_config(arch: Arch, rows: int, bits: int, block: int, half: bool, itemsize: int, dropped: bool) -> Config:
+    """For `gradient_tiles`.
+
+    Args:
+        arch, rows, bits, block, itemsize: as for `product_config`.
+        half: fp16, where dY times the scales might underflow.
+        dropped: whether a low-rank term with dropout is added, whose random numbers take registers.
+    """
     flipped = rows <= 32 and arch != "gfx942"
     # On gfx942, which has no bf16 arithmetic, scaling dY takes 51 instructions an element, and scaling W takes 17.
     fold = flipped and bits == 4 and not half and block % 64 == 0
@@ -87,7 +94,8 @@ def gradient_config(arch: Arch, rows: int, bits: int, block: int, half: bool, it
         BN = 128 if few == 16 and arch != "gfx942" else 64
         return Config(few, BN, BK, 4, 3 if arch != "gfx942" else 2, not fold, flipped)
     if arch == "sm_90":
-        return Config(128, 64, 128, 8, 3, scale_weight=True)
+        BN, BK, stages = (128, 64, 2) if dropped else (64, 128, 3)
+        return Config(128, BN, BK, 8, stages, scale_weight=True)
     return Config(64, 64, 64, 4, 3 if arch == "sm_80" else 2, scale_weight=True)
 
 

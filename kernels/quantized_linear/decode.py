@@ -97,7 +97,7 @@ class Panels4bit:
         packed = weight.packed.view(rows, columns // 2)[:, first // 2 : last // 2]
         blocks = self.scales.view(rows, -1)[:, first // weight.blocksize : last // weight.blocksize]
         if self.decoder is not None:  # whole blocks of each row, put together, are a weight of their own
-            packed, blocks = packed.flatten(), blocks.flatten()
+            packed, blocks = packed.contiguous().flatten(), blocks.contiguous().flatten()
             return self.decoder(packed, blocks, weight.blocksize, (rows, last - first), self.dtype)
         out = self._buffer(rows * (last - first)).view(rows, last - first)
         step = max(1, _step(weight) // (last - first))

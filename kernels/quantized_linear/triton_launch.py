@@ -82,7 +82,8 @@ def input_gradient(
     bits, block = _format(weight)
     if config is None:
         half = grad.dtype == torch.float16
-        config = configs.gradient_config(arch, rows, bits, block, half, grad.element_size())
+        dropped = term is not None and term.dropout_p > 0
+        config = configs.gradient_config(arch, rows, bits, block, half, grad.element_size(), dropped)
     tiles = cdiv(rows, config.BM) * cdiv(columns, config.BK)
     if splits is None:
         splits = configs.splits_for(arch, tiles, cdiv(width, config.BN))

@@ -175,8 +175,9 @@ class _Sizes:
         n, d = latents.shape[-2:]
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         f = children.resolve(module, spec.layers[0].ffn_up).weight.shape[0]
-        # Every layer's keys and values of the media, the norm's affine folded in; and of each layer q, k, v of the latents.
-        folded = len(spec.layers) * 2 * kv * d
+        # Keys and values of the media in one product for all layers, where they come from one weight a layer, with the
+        # norm's affine folded in; and of each layer q, k, v of the latents.
+        folded = len(spec.layers) * 2 * kv * d if spec.layers[0].kv is not None else 0
         stacked = len(spec.layers) * (q + 2 * kv) * d
         rest = len(spec.layers) * (q * d + 2 * d * f) if self.rounded(module) else 0
         kept = memory.resampler_bytes(
@@ -205,12 +206,16 @@ class _Sizes:
             dropped = any(m.p > 0 for m in module.modules() if isinstance(m, nn.Dropout))
             kept = memory.qformer_layer_bytes(
                 rows, d, f, spec.heads, self.e, s, cross=spec.cross is not None,
-                first=queries.shape[1] if i == 0 and not dropped else None, weights=rounded - image if rounded else stacked,
+                first=queries.shape[1] if i == 0 and not dropped else None, masks=dropped and next(module.parameters()).device.type == "cpu",
+                weights=rounded - image if rounded else stacked,
             )  # fmt: skip
             blocks.append(_Block(module, kept, s * rows * d))
         if readers:
             module, dv, d = readers[0]
-            kept = memory.qformer_image_bytes(self.images * patches, dv, d, len(readers), self.e, weights=weights)
+            norms = [m for path in self.recipe.fp32 for m in resolve(self.model, path) if isinstance(m, nn.Module)]
+            kept = memory.qformer_image_bytes(
+                self.images * patches, dv, d, len(readers), self.e, weights=weights, norm=any(map(_trained, norms))
+            )
             blocks.append(_Block(module, kept, again=False))
         return blocks
 
@@ -282,8 +287,7 @@ class _Sizes:
 
     def _layer(self, layer: Any, dtype: torch.dtype) -> _Block:
         kind, attention, h = _kind(layer), layer.self_attn, self._width(layer)
-        adapters = lora_layers(layer)
-        lora: list[Any] = list(adapters.values())
+        lora: list[Any] = list(lora_layers(layer).values())
         r = sum(m.r[name] for m in lora for name in m.active_adapters)
         rounded = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.element_size() > self.e)
         goes_in = self.e * self.tokens * h
@@ -296,8 +300,6 @@ class _Sizes:
             return _Block(layer, None, goes_in)
         q, kv, f = (_out(m) for m in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj))
         kept = memory.decoder_layer_bytes(self.tokens, h, q, kv, f, q // attention.head_dim, r, self.e)
-        if any(name.endswith("o_proj") for name in adapters):
-            kept += self.e * self.tokens * q  # what its low-rank term reads
         return _Block(layer, kept + self.e * rounded, goes_in)
 
 

@@ -122,35 +122,40 @@ def resampler_bytes(
 
 
 def qformer_layer_bytes(
-    rows: int, d: int, f: int, heads: int, e: int, s: int, *, cross: bool, first: int | None = None, weights: int = 0
-) -> int:
+    rows: int, d: int, f: int, heads: int, e: int, s: int, *, cross: bool, first: int | None = None, masks: bool = False,
+    weights: int = 0,
+) -> int:  # fmt: skip
     """A trained Q-Former layer over queries, without the image's keys and values.
 
     Self-attention e R (6 d) + s R d + 4 R (heads + 2): its input, queries, keys and values, its result, the norm's result
     and, in the stream's type, what the norm reads; cross-attention e R (3 d) + s R d + 4 R (heads + 2); the network
-    e R (2 f) + s R d + 8 R. Where e < 4, each attention keeps its residue e R d.
+    e R (2 f) + s R d + 8 R. Where e < 4, each attention keeps its residue e R d. Dropout keeps a seed on a GPU; on a CPU, each
+    of the three keeps the mask of what its norm reads, s R d.
 
     Args:
         rows: R, the queries of all images.
         first: R of the self-attention in a layer where it is the same for all images (the first, without dropout).
+        masks: whether dropout keeps masks.
         weights: elements of stacked and of rounded weights.
     """
     own = rows if first is None else first
     residue = 1 if e < 4 else 0
-    total = own * (e * (6 + residue) * d + s * d + 4 * (heads + 2)) + rows * (2 * e * f + s * d + 8) + e * weights
+    summed = s * d * (2 if masks else 1)
+    total = own * (e * (6 + residue) * d + summed + 4 * (heads + 2)) + rows * (2 * e * f + summed + 8) + e * weights
     if cross:
-        total += rows * (e * (3 + residue) * d + s * d + 4 * (heads + 2))
+        total += rows * (e * (3 + residue) * d + summed + 4 * (heads + 2))
     return total
 
 
-def qformer_image_bytes(m: int, dv: int, d: int, layers: int, e: int, *, weights: int) -> int:
+def qformer_image_bytes(m: int, dv: int, d: int, layers: int, e: int, *, weights: int, norm: bool) -> int:
     """What the cross-attention layers of a Q-Former read of m image tokens of width dv: e (m (dv + 2 d layers) + weights).
 
     Args:
         layers: how many read the image.
         weights: elements of their key and value weights, stacked.
+        norm: whether the norm that the image comes from is trained: it keeps its input, e m dv + 8 m.
     """
-    return e * (m * (dv + 2 * d * layers) + weights)
+    return e * (m * (dv + 2 * d * layers) + weights) + (m * (e * dv + 8) if norm else 0)
 
 
 def projection_bytes(rows: int, widths: tuple[int, ...], e: int, *, weights: int = 0) -> int:

@@ -137,18 +137,18 @@ def test_demo_names_the_missing_libraries(capsys: pytest.CaptureFixture[str], mo
 def test_demo_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in cli.DEMO_MODULES:
         pytest.importorskip(name)
-    calls: list[tuple[Path, bool]] = []
+    calls: list[tuple[Path, bool, tuple[str, ...]]] = []
 
-    def run(out_dir: Path, quick: bool = False) -> int:
-        calls.append((out_dir, quick))
+    def run(out_dir: Path, quick: bool = False, only: Sequence[str] = ()) -> int:
+        calls.append((out_dir, quick, tuple(only)))
         return 3
 
     demo = types.ModuleType("mllm_fast.demo")
     monkeypatch.setattr(demo, "run", run, raising=False)
     monkeypatch.setitem(sys.modules, "mllm_fast.demo", demo)
     assert cli.main(["demo", "--out", str(tmp_path), "--quick"]) == 3
-    assert cli.main(["demo"]) == 3
-    assert calls == [(tmp_path, True), (Path("demo_output"), False)]
+    assert cli.main(["demo", "--only", "llava", "digits"]) == 3
+    assert calls == [(tmp_path, True, ()), (Path("demo_output"), False, ("llava", "digits"))]
 
 
 def test_generate_prints_a_line_per_image(

@@ -129,6 +129,25 @@ def test_the_backend_in_force_is_part_of_the_shape() -> None:
     assert recorder.captures == 2
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_call_is_its_leaves_and_a_structure_to_look_up(nested: bool) -> None:
+    x, y = torch.zeros(2), torch.ones(3)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x, y), {}), ((x,), {"a": y}), ((x,), {"b": y}), ((), {"a": x, "b": y}), ((x, None), {"a": 1, "b": y}),
+    ]  # fmt: skip
+    if nested:
+        calls = [((list(args),), {"given": {"inside": kwargs}}) for args, kwargs in calls]
+    seen = set()
+    for args, kwargs in calls:
+        leaves, structure = graphs._flat(args, kwargs)
+        assert not any(isinstance(leaf, (list, dict)) for leaf in leaves)
+        found_args, found_kwargs = graphs._nested(leaves, structure)
+        assert (tuple(found_args), found_kwargs) == (args, kwargs)
+        assert graphs._flat(args, dict(kwargs))[1] == structure
+        seen.add(structure)
+    assert len(seen) == len(calls)
+
+
 def test_what_is_expanded_stays_one_row_in_the_graph() -> None:
     rows = torch.randn(1, 3, 4).expand(5, -1, -1)
     buffer = graphs._buffer(rows)

@@ -307,3 +307,29 @@ def test_bad_calls(tmp_path: Path) -> None:
         run(tmp_path / "count", loss=lambda model, batch: {"count": torch.ones(())})
     with pytest.raises(ValueError, match="no trained parameter got a gradient"):
         run(tmp_path / "none", loss=lambda model, batch: torch.ones((), requires_grad=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """The losses of the CPU; a stopped run goes on with its dropout, and the caller's generator is left alone."""
+    quiet = runs.Captions(augment=False)
+    plan = runs.plan("dense", dropout=0)
+    expected = run(tmp_path / "cpu", 4, plan=plan, dataset=quiet).losses
+    plan = runs.plan("dense", dropout=0)
+    plan.model.cuda()
+    np.testing.assert_allclose(
+        run(tmp_path / "gpu", 4, plan=plan, dataset=quiet, workers=1).losses, expected, rtol=1e-2
+    )
+
+    def fresh() -> Any:
+        made = runs.plan("dense")
+        made.model.cuda()
+        return made
+
+    plan = fresh()
+    before = torch.cuda.get_rng_state()
+    whole = run(tmp_path / "whole", 4, plan=plan)
+    assert torch.equal(before, torch.cuda.get_rng_state())
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "parts", 4, plan=fresh(), loss=signalled_after(3))
+    np.testing.assert_allclose(run(tmp_path / "parts", 4, plan=fresh(), resume=True).losses, whole.losses, rtol=1e-4)

@@ -112,10 +112,11 @@ def test_blocks_with_other_norms(name: str, dtype: torch.dtype) -> None:
         shape = BatchShape(*ids.shape, 3, patches=5)
     else:
         modules = {str(i): model.model.language_model.layers[i] for i in (1, 3)}
+        modules["projection"] = model.model.multi_modal_projector
         shape = BatchShape(*ids.shape, 2, patches=20)
     plan = prepare_finetuning(model, "bridge", batch=shape)
     saved = measure(model, plan, modules, lambda: SYSTEMS[name].loss(model, batch), known(batch))
-    measured = sum(saved.bytes[n] for n in modules)
+    measured = sum(saved.bytes.get(n, 0) for n in modules)
     estimate = parts(plan)["bridge"]
     close(estimate, measured)
 
@@ -132,6 +133,7 @@ def test_qformer(samples: int, dropout: float, dtype: torch.dtype) -> None:
     batch["labels"] = batch["input_ids"]
     plan = prepare_finetuning(model, "bridge", batch=BatchShape(samples, 10, 1, 9))
     modules = {"qformer": model.qformer, "projection": model.language_projection}
+    modules["norm"] = model.vision_model.post_layernorm
     modules |= {f"layer {i}": layer for i, layer in enumerate(model.qformer.encoder.layer)}
     saved = measure(model, plan, modules, lambda: language_model_loss(model, batch), known(batch))
     close(parts(plan)["bridge"], sum(saved.bytes.get(n, 0) for n in modules))

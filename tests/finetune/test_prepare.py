@@ -308,7 +308,7 @@ def test_the_loss_makes_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("llava", "blip2", "blip2_t5", "flamingo_hf", "minigpt4"):
         model, batch = built(name)
         prepare_finetuning(model, "projection" if name in ("llava", "minigpt4") else "bridge")
-        loss = language_model_loss(model, batch)
+        loss = language_model_loss(model.eval(), batch)
         assert not calls, name
         torch.testing.assert_close(loss, SYSTEMS[name].loss(model, batch).float(), atol=1e-4, rtol=1e-4)
         assert calls, "the test sees nothing"

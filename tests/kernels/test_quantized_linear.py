@@ -22,6 +22,7 @@ from mllm_fast.kernels.quantized_linear import (
     quantized_linear,
     reference,
 )
+from mllm_fast.kernels.quantized_linear.lowrank import LowRank
 from tests.kernels.op_checks import check_exact, check_low_precision
 from tests.kernels.quantized_weights import (
     WEIGHTS,
@@ -273,3 +274,17 @@ class TestDropout:
         torch.autograd.gradcheck(
             lambda x, a, b: quantized_linear(x, weight, lora=Lora(a, b, 0.7, 0.3), seed=2), (x, a, b)
         )
+
+
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_input_gradient_can_be_added_to_another(bits: int, rows: int) -> None:
+    weight = weight_4bit(60, 128) if bits == 4 else weight_8bit(60, 128)
+    grad, other = torch.randn(rows, 60), torch.randn(rows, 128)
+    term = LowRank(torch.randn(rows, 3), torch.randn(128, 3))
+    into = other.clone()
+    found = reference.input_gradient(grad, weight, term, into)
+    assert found is into
+    expected = other + reference.input_gradient(grad, weight, term)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
