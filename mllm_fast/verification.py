@@ -227,9 +227,8 @@ def verify(
         except Exception:  # what a report is wanted for
             fused, fused_ids, failure = {}, None, traceback.format_exc()
         modules = _fused_modules(model, {} if report is None else {row.path: row for row in report.fused})
-        options = next(
-            (str(state.options) for module in model.modules() if (state := state_of(module)) is not None), ""
-        )
+        states = (state_of(module) for module in model.modules())
+        in_force = next((str(state.options) for state in states if state is not None), "")
         native = sum(map(_native, model.modules()))
     finally:
         if not was_fused:
@@ -254,7 +253,7 @@ def verify(
         same_tokens=same,
         versions=_versions(),
         model_class=class_path(type(model)),
-        options=options,
+        options=in_force,
         modules=modules,
         machine=_machine(),
         error=failure,

@@ -204,11 +204,19 @@ class _Sizes:
             rounded = self.rounded(module)
             stacked = sum(children.resolve(module, n).weight.numel() for n in (names.query, names.key, names.value))
             dropped = any(m.p > 0 for m in module.modules() if isinstance(m, nn.Dropout))
+            on_cpu = next(module.parameters()).device.type == "cpu"
             kept = memory.qformer_layer_bytes(
-                rows, d, f, spec.heads, self.e, s, cross=spec.cross is not None,
-                first=queries.shape[1] if i == 0 and not dropped else None, masks=dropped and next(module.parameters()).device.type == "cpu",
+                rows,
+                d,
+                f,
+                spec.heads,
+                self.e,
+                s,
+                cross=spec.cross is not None,
+                first=queries.shape[1] if i == 0 and not dropped else None,
+                masks=dropped and on_cpu,
                 weights=rounded - image if rounded else stacked,
-            )  # fmt: skip
+            )
             blocks.append(_Block(module, kept, s * rows * d))
         if readers:
             module, dv, d = readers[0]
