@@ -2,7 +2,9 @@
 
 The peers are what the documentation of PEFT and transformers tells people to write: the linear layers in NF4 with double
 quantisation (bitsandbytes), `prepare_model_for_kbit_training`, LoRA or the unfrozen bridge, and `model(**batch).loss` with
-labels; once as it stands, which is the baseline, and once under autocast, as `Trainer` with `bf16=True` runs it.
+labels; once as it stands, which is the baseline, and once under autocast, as `Trainer` with `bf16=True` runs it. The bridge
+is also trained with nothing cast but itself, which no documentation describes: hidden states then stay in bf16 as ours do,
+and the errors of the gradients can be compared.
 Ours is the same model with the same bytes after `fuse(model, training=True)`, and `language_model_loss`. A call is one step
 without the optimiser, which is the same code for all: zero_grad, loss, backward. The gradients' memory is there before it,
 as when they are accumulated over several steps: what is compared is what a step takes beyond weights and gradients. It
@@ -28,6 +30,7 @@ from ..registry import OURS, Case, Workload, register
 
 DOCUMENTED = "transformers + peft"
 AUTOCAST = "transformers + peft, autocast"
+UNCAST = "transformers, nothing cast"
 
 # The image and the prompt, which are not supervised, are this share of a row.
 UNSUPERVISED = 0.75
@@ -174,17 +177,25 @@ def theirs(model: nn.Module, what: What, checkpointing: bool) -> nn.Module:
     return (_add_lora(model) if what == "lora" else _unfreeze(model)).train()
 
 
-def ours(model: nn.Module, what: What, checkpointing: bool) -> nn.Module:
-    """The same model, nothing cast but what is trained."""
+def uncast(model: nn.Module, what: What, checkpointing: bool, *, gates: bool = True) -> nn.Module:
+    """The same model, nothing cast but what is trained; without `gates`, these neither: in fp32 they would widen all that
+    comes after them.
+    """
     model = copy.deepcopy(model)
     model = _add_lora(model) if what == "lora" else _unfreeze(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (gates or "alpha" not in name):
             parameter.data = parameter.data.float()
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    mllm_fast.fuse(model, training=True)
     return model.train()
+
+
+def ours(model: nn.Module, what: What, checkpointing: bool) -> nn.Module:
+    """The same model with our blocks and layers in it."""
+    model = uncast(model, what, checkpointing)
+    mllm_fast.fuse(model, training=True)
+    return model
 
 
 def _exact(model: nn.Module, what: What) -> nn.Module:
@@ -232,7 +243,8 @@ class Step:
     ) -> None:
         self.model, self.inputs, self.loss, self.autocast, self.norms = model, inputs, loss, autocast, norms
         for parameter in trained(model).values():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self) -> Tensor:
         """[parameters * SAMPLED at most]: entries of each gradient, divided by the norm of that gradient's sample."""
@@ -266,12 +278,19 @@ def build(device: torch.device, *, shape: Shape, what: What, checkpointing: bool
     norms = torch.stack([sample.norm() for sample in samples])
     norms = norms.clamp(min=1e-2 * norms.median().item())  # a bias of keys has no gradient, but for rounding
     result = torch.cat([sample / norm for sample, norm in zip(samples, norms, strict=True)])
+    bridge = what == "bridge"
+    prepared = theirs(model, what, checkpointing)
     peers = {
-        DOCUMENTED: Step(theirs(model, what, checkpointing), inputs, _loss_of_model, False, norms),
-        AUTOCAST: Step(theirs(model, what, checkpointing), inputs, _loss_of_model, True, norms),
-        OURS: Step(ours(model, what, checkpointing), inputs, language_model_loss, what == "bridge", norms),
+        DOCUMENTED: Step(prepared, inputs, _loss_of_model, False, norms),
+        AUTOCAST: Step(prepared, inputs, _loss_of_model, True, norms),
     }
-    return Case({name: [call] for name, call in peers.items()}, lambda: result, yardstick=AUTOCAST)
+    if bridge:
+        plain = uncast(model, what, checkpointing, gates=False)
+        peers[UNCAST] = Step(plain, inputs, _loss_of_model, True, norms)
+    peers[OURS] = Step(ours(model, what, checkpointing), inputs, language_model_loss, bridge, norms)
+    return Case(
+        {name: [call] for name, call in peers.items()}, lambda: result, yardstick=UNCAST if bridge else AUTOCAST
+    )
 
 
 def _add(what: What, shape: Shape, model: str, checkpointing: bool, **goals: float) -> None:

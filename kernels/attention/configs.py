@@ -1,8 +1,8 @@
 """Launch configurations of the attention kernels: a function of architecture, shape bucket and dtype, never autotuned.
 
-The choices are such that nothing spills, with Triton 3.6 and with 3.7, and everything fits into shared memory on each
-architecture (which the audit checks by compiling them all). Tiles follow the number of rows that share keys, because an idle
-row costs as much as a busy one; below 16 rows tl.dot has no smaller tile.
+The choices are such that nothing spills and everything fits into shared memory on each architecture (which the audit checks
+by compiling them all). On sm_90 this holds for Triton 3.6 and 3.7, elsewhere for 3.7. Tiles follow the number of rows that
+share keys, because an idle row costs as much as a busy one; below 16 rows tl.dot has no smaller tile.
 """
 
 from __future__ import annotations
