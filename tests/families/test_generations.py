@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mllm_fast
 from tests.families.builders import idefics, idefics_inputs, of_inputs, of_model
 from tests.families.decoders import FlamingoDecoder, IdeficsDecoder
+from tests.families.upstream_versions import IDEFICS_BEAMS
 
 STEPS = 4
 
@@ -45,7 +46,7 @@ def test_open_flamingo_generates_for_one_prompt_after_another(options: dict[str,
     assert len(seen) > 1, "the images make no difference: this test shows nothing"
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"num_beams": 3}, marks=IDEFICS_BEAMS)], ids=str)
 @pytest.mark.parametrize("resampler", [True, False], ids=["resampler", "patches"])
 def test_idefics_generates_for_one_prompt_after_another(resampler: bool, options: dict[str, Any]) -> None:
     fused, upstream = twins(idefics(resampler=resampler))

@@ -20,6 +20,7 @@ from tests.families.instruments import (
     check_precision,
     run_module,
 )
+from tests.families.upstream_versions import IDEFICS_BEAMS
 
 MASKS = ["incremental", "many", "scattered", "nothing", "everything"]
 TOKENS = 8
@@ -235,8 +236,9 @@ def padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 GENERATION = [
-    {}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 3, "use_cache": False},
-    {"do_sample": True, "top_k": 1, "num_return_sequences": 3}, {"num_beams": 3, "num_return_sequences": 2},
+    {}, {"use_cache": False}, {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
+    *(pytest.param({"num_beams": 3} | more, marks=IDEFICS_BEAMS)
+      for more in ({}, {"use_cache": False}, {"num_return_sequences": 2})),
 ]  # fmt: skip
 
 
@@ -258,7 +260,7 @@ def test_generate(resampler: bool, options: dict[str, Any], left_padded: bool) -
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"num_beams": 3}, marks=IDEFICS_BEAMS)], ids=str)
 def test_generate_under_inference_mode(options: dict[str, Any]) -> None:
     """Inference tensors have no version counter."""
     fused, upstream = twins(idefics())

@@ -21,6 +21,7 @@ from mllm_fast.modules.projector import Projector, splice_rows
 from tests.families.builders import randomise
 from tests.families.instruments import Results, assert_same, backward_results, check_precision, recording
 from tests.families.llava_models import FFN, IMAGE_TOKEN, PATCHES, TEXT, VISION, VISION_LAYERS, inputs, model
+from tests.families.upstream_versions import ENCODER_OUTPUTS
 
 
 def twins(upstream: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -110,7 +111,7 @@ def test_text_alone_and_wrong_arguments() -> None:
         fused(pixel_values=inputs()["pixel_values"])
 
 
-@pytest.mark.parametrize("given", ["inputs_embeds", "mm_encoder_outputs"])
+@pytest.mark.parametrize("given", ["inputs_embeds", pytest.param("mm_encoder_outputs", marks=ENCODER_OUTPUTS)])
 def test_precomputed_inputs(given: str) -> None:
     fused, upstream = twins(model())
     logits = []

@@ -13,6 +13,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 import mllm_fast
 from tests.families.builders import randomise
 from tests.families.instruments import Results, assert_same, backward_results
+from tests.families.upstream_versions import MLLAMA_STATIC_CACHE
 
 PATCHES = 5  # vision tokens of a tile
 
@@ -116,7 +117,9 @@ def test_the_fix_leaves_rows_without_an_image_alone() -> None:
     torch.testing.assert_close(seen["fixed"][:, 1:], seen["quirky"][:, 1:])
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, pytest.param({"cache_implementation": "static"}, marks=MLLAMA_STATIC_CACHE)], ids=str
+)
 def test_generate(how: dict[str, Any]) -> None:
     fused, upstream = twins(model(3))
     given = inputs(torch.float32)
