@@ -38,6 +38,9 @@ UNSUPERVISED = 0.75
 SAMPLED = 1 << 14
 DTYPE = torch.bfloat16
 
+# Gradients below this share of the middle one are left out of the comparison.
+ROUNDING = 1e-5
+
 # tanh of it lets the bridge's branches through; upstream starts with closed gates, which would hide errors.
 GATE = 0.7
 
@@ -276,7 +279,8 @@ def build(device: torch.device, *, shape: Shape, what: What, checkpointing: bool
     samples = _gradients(exact, wide)
     del exact
     norms = torch.stack([sample.norm() for sample in samples])
-    norms = norms.clamp(min=1e-2 * norms.median().item())  # a bias of keys has no gradient, but for rounding
+    # A softmax does not see what all keys have in common: the gradient of a bias of keys is 0, and rounding all there is of it.
+    norms = torch.where(norms < ROUNDING * norms.median(), torch.inf, norms)
     result = torch.cat([sample / norm for sample, norm in zip(samples, norms, strict=True)])
     bridge = what == "bridge"
     prepared = theirs(model, what, checkpointing)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .. import ops
+from ..families.recipes import unwrapped
 from ..modules import children
 from ..modules.frozen_linear import FrozenLinearState
 
@@ -70,6 +71,9 @@ def language_model_loss(
     hidden = _last_hidden(model, head, arguments)
     if not isinstance(weight, Tensor):
         hidden = hidden.to(head.product_dtype(hidden))
+    owner: Any = unwrapped(model)
+    if hasattr(owner, "supervised_labels") and arguments.get("input_ids") is not None:
+        labels = owner.supervised_labels(labels, arguments["input_ids"])
     labels = labels.to(hidden.device)
     return ops.frozen_cross_entropy(
         hidden[:, -labels.shape[1] :],

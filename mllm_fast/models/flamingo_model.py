@@ -239,6 +239,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         return BaseModelOutputWithPooling(pooler_output=self.model.encode_images(pixel_values, _flags(image_mask)))
 
+    def supervised_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:
+        """The labels [B, S] that count: image tokens are never predicted."""
+        return labels.masked_fill((input_ids == self.config.image_token_id).to(labels.device), -100)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -278,7 +282,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             chosen = torch.rand(input_ids.shape[0]) < self.config.p_next
             image_index = self.model.image_index(input_ids, images.shape[1], mask, next_image=chosen)
         if labels is not None:
-            labels = labels.masked_fill((input_ids == self.config.image_token_id).to(labels.device), -100)
+            labels = self.supervised_labels(labels, input_ids)
         return self.model(
             input_ids,
             pixel_values,

@@ -109,6 +109,10 @@ class ImageRows:
             f"{images} images need {rows} each, {images * rows} in all; the processor writes {rows} for each image"
         )
 
+    def supervised_labels(self, labels: Tensor, input_ids: Tensor) -> Tensor:
+        """The labels [B, S] that count: what stands for an image is never predicted."""
+        return labels.masked_fill(self.image_places(input_ids).to(labels.device), -100)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -145,7 +149,7 @@ class ImageRows:
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         _check_placed(input_ids, pixel_values, image_features)
         if labels is not None and input_ids is not None:
-            labels = labels.masked_fill(self.image_places(input_ids).to(labels.device), -100)
+            labels = self.supervised_labels(labels, input_ids)
         if inputs_embeds is None:
             # Whether generated tokens are images need not be asked: reading the answer would stall every step.
             is_text = past_key_values is not None and pixel_values is None and image_features is None

@@ -6,7 +6,7 @@ PEFT, bitsandbytes, accelerate, FSDP or a forward hook has wrapped computes some
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from .state import Derived, needs_graph
 # RMSNorm classes of other libraries whose forward is weight * x / rms(x) with fp32 statistics, by class name; a family
 # adds the names it knows.
 RMS_NORM_CLASSES = {"IdeficsRMSNorm"}
+# Begins, or ends, the names of packed weights in a module's `Derived`.
+PACKED = "packed"
 # Output heads of other libraries, by class name, and when they compute what nn.Linear does; a family adds what it knows.
 LINEAR_HEADS: dict[str, Callable[[Any], bool]] = {}
 
@@ -103,7 +105,8 @@ def norm_linear(
     if head_norm is not None:
         return _head_norm_linear(x, norm, linear, head_norm, packs)
     linears_read = readable_linear(linear) and (gate is None or readable_linear(gate))
-    if packs is not None and linears_read and serves_packed(x, linear, gate):
+    if linears_read and serves_packed(packs, x, linear, gate):
+        assert packs is not None
         x = x if norm is None else normalize(x, norm)
         if gate is not None:
             return activate(_packed(x, gate, packs), activation) * _packed(x, linear, packs)
@@ -138,7 +141,7 @@ def _head_norm_linear(
 ) -> Tensor:
     read, readable = read_norm(head_norm), readable_linear(linear)
     fuses = readable and read is not None and read.kind == "rms_norm" and read.weight is not None
-    if fuses and not (packs is not None and serves_packed(x, linear)):
+    if fuses and not serves_packed(packs, x, linear):
         x, pending = _read_or_apply(x, norm, True)
         return ops.norm_linear(x, linear.weight, linear.bias, norm=pending, head_norm=read)
     y = norm_linear(x, norm, linear, packs=packs)
@@ -161,7 +164,7 @@ def linear_residual(
     packs: Derived | None = None,
 ) -> Tensor:
     """residual + tanh(gate) * row_mask * dropout(linear(x)), in one op where the child can be read."""
-    packed = packs is not None and readable_linear(linear) and serves_packed(x, linear)
+    packed = readable_linear(linear) and serves_packed(packs, x, linear)
     if readable_linear(linear) and not packed:
         return ops.linear_residual(
             x, linear.weight, linear.bias, residual=residual, gate=gate, row_mask=row_mask, dropout_p=dropout_p
@@ -197,7 +200,7 @@ def linear_post_norm(
         [..., N].
     """
     read, readable = read_norm(norm), readable_linear(linear)
-    packed = packs is not None and readable and serves_packed(x, linear)
+    packed = readable and serves_packed(packs, x, linear)
     if read is None or packed or not readable:
         y, values = norm_linear(x, None, linear, packs=packs), residual.normalized()
         if read is not None:
@@ -217,8 +220,21 @@ def linear_post_norm(
     return Rows(values, read if deferred else None)
 
 
-def serves_packed(x: Tensor, *linears: nn.Module | None) -> bool:
-    """Whether packed weights may stand for these linears in this call: CPU inference in the weights' own dtype."""
+def serves_packed(packs: Derived | None, x: Tensor, *linears: nn.Module | None, names: Iterable[Hashable] = ()) -> bool:
+    """Whether packed weights may stand for these linears in this call: CPU inference in the weights' own dtype.
+
+    Where they may not, those that `packs` keeps of them are dropped, and what it keeps under `names`: training, or a cast,
+    is not to pay for a second copy of the weights.
+    """
+    if packs is None:
+        return False
+    served = _can_serve_packed(x, linears)
+    if not served:
+        packs.forget(*((PACKED, id(linear)) for linear in linears), *names)
+    return served
+
+
+def _can_serve_packed(x: Tensor, linears: Iterable[nn.Module | None]) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return False
     for linear in linears:
@@ -231,7 +247,7 @@ def serves_packed(x: Tensor, *linears: nn.Module | None) -> bool:
 
 def _packed(x: Tensor, linear: nn.Module, packs: Derived) -> Tensor:
     weight = linear._parameters["weight"]
-    packed = packs.get(("packed", id(linear)), (weight,), lambda: pack_weight(weight))
+    packed = packs.get((PACKED, id(linear)), (weight,), lambda: pack_weight(weight))
     return packed_linear(x, packed, linear._parameters["bias"])
 
 
@@ -240,11 +256,13 @@ def stacked_linear(
 ) -> tuple[Tensor, ...]:
     """`ops.stacked_linear`, over packed weights where the model was fused with them; `name` tells stacks apart."""
     weight = stacked.weight
-    if packs is None or not can_pack(weight) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    served = can_pack(weight) and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+    if packs is None:
         return ops.stacked_linear(x, stacked, norm=norm)
-    if needs_graph(x, weight, stacked.bias):
+    if not served or needs_graph(x, weight, stacked.bias):
+        packs.forget((PACKED, name))
         return ops.stacked_linear(x, stacked, norm=norm)
-    packed = packs.get(("packed", name), (weight,), lambda: pack_weight(weight))
+    packed = packs.get((PACKED, name), (weight,), lambda: pack_weight(weight))
     return packed_linear(x if norm is None else ops.normalize(x, norm), packed, stacked.bias).split(stacked.sizes, -1)
 
 

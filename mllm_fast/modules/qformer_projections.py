@@ -122,8 +122,11 @@ def project(
         whole = stack_weights(weights, biases)
         return pack_weight(whole.weight), whole.bias
 
-    if state.packs is not None and children.serves_packed(parts[0].values, *linears):
-        return packed_linear(joined(parts), *state.packs.get((name, "packed"), sources, pack)).split(sizes, dim=-1)
+    if children.serves_packed(state.packs, parts[0].values, *linears, names=[(name, children.PACKED)]):
+        assert state.packs is not None
+        return packed_linear(joined(parts), *state.packs.get((name, children.PACKED), sources, pack)).split(
+            sizes, dim=-1
+        )
     key = (id(state), name)
     if stacks is None:
         stacked = state.derived.get(name, sources, stack)

@@ -155,6 +155,12 @@ class Derived:
         self._entries[name] = (TensorKeys(sources), value)
         return value
 
+    def forget(self, *names: Hashable) -> None:
+        """Drop what is kept under these names, where something is."""
+        if self._entries:
+            for name in names:
+                self._entries.pop(name, None)
+
     def clear(self) -> None:
         """Forget everything that was computed."""
         self._entries.clear()
