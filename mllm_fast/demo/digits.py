@@ -192,7 +192,7 @@ def build_bridge(lm: LlamaForCausalLM, media_token_id: int) -> Flamingo:
     return Flamingo(lm, PatchEncoder(8, 2, dim), config)
 
 
-def _vary(images: Tensor) -> Tensor:
+def vary(images: Tensor) -> Tensor:
     """Slightly turned, scaled and shifted copies: the writer's hand would have done the same."""
     count = len(images)
     angle, scale, shift = torch.rand(count) - 0.5, torch.rand(count) - 0.5, torch.rand(count, 2) - 0.5
@@ -226,7 +226,7 @@ def train_bridge(
         """Images and digits to a batch, all of it with the same prompt."""
         pixels, shown = (torch.stack(column) for column in zip(*rows, strict=True))
         ids, labels = texts[int(torch.randint(len(texts), ()))]
-        return {"input_ids": ids[shown], "images": _vary(pixels).unsqueeze(1), "labels": labels[shown]}
+        return {"input_ids": ids[shown], "images": vary(pixels).unsqueeze(1), "labels": labels[shown]}
 
     def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         value = language_model_loss(model, batch)
