@@ -256,9 +256,9 @@ def stacked_linear(
 ) -> tuple[Tensor, ...]:
     """`ops.stacked_linear`, over packed weights where the model was fused with them; `name` tells stacks apart."""
     weight = stacked.weight
-    served = can_pack(weight) and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
     if packs is None:
         return ops.stacked_linear(x, stacked, norm=norm)
+    served = can_pack(weight) and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
     if not served or needs_graph(x, weight, stacked.bias):
         packs.forget((PACKED, name))
         return ops.stacked_linear(x, stacked, norm=norm)
