@@ -18,6 +18,7 @@ from .prepare import FinetuningPlan as FinetuningPlan
 from .prepare import Lora as Lora
 from .prepare import prepare_finetuning as prepare_finetuning
 from .processes import join_processes as join_processes
+from .processes import leave_processes as leave_processes
 from .settings import TrainingResult as TrainingResult
 from .settings import TrainingSettings as TrainingSettings
 from .trainer import TrainerModel as TrainerModel

@@ -15,7 +15,7 @@ from ..pipeline import load_pipeline
 from .checkpoint import TRAINED_FILE, RunExistsError, check_unused
 from .config import ConfigError, FinetuneConfig, read_config
 from .data import CaptionFolder, open_dataset, split
-from .processes import join_processes
+from .processes import join_processes, leave_processes
 from .published import STAGES, describe, stage_named
 from .stages import StageRun, prepare_stage
 
@@ -59,6 +59,7 @@ def finetune(path: Path, *, resume: bool = False, dry_run: bool = False) -> int:
         print(run.plan)  # noqa: T201
         print(_summary(run))  # noqa: T201
     if dry_run:
+        leave_processes()
         return 0
     result = run.train(config.output, resume=resume)
     if first:
@@ -68,6 +69,7 @@ def finetune(path: Path, *, resume: bool = False, dry_run: bool = False) -> int:
         )
         print(f"{result.stopped} after {result.step} steps{last}{best}")  # noqa: T201
         print(f"written to {Path(config.output) / TRAINED_FILE}")  # noqa: T201
+    leave_processes()
     return 0
 
 

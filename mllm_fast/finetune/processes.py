@@ -139,6 +139,16 @@ def join_processes() -> None:
         dist.init_process_group("gloo")
 
 
+def leave_processes() -> None:
+    """Undo `join_processes`: to be called by every process at the end of a run that went well. Otherwise: nothing."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # gloo's threads outlive the group where DDP or FSDP2 were used, and need Python to let go of the last collective's
+    # tensors: a process that ends meanwhile is aborted, after all its work. A barrier has no tensors, and lets them finish.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def gradients_kept_here(module: nn.Module, kept: bool = True) -> Iterator[None]:
     """While `kept`: backward passes add to this process's gradients and send nothing round."""

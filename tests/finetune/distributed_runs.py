@@ -21,6 +21,7 @@ from mllm_fast.finetune import (
     RunExistsError,
     TrainingInterrupted,
     join_processes,
+    leave_processes,
     train,
 )
 from mllm_fast.finetune.sampling import RowOrder
@@ -137,7 +138,7 @@ def main() -> None:
         found = CASES[name](output / name)
         path = output / f"{name}-{dist.get_rank()}.json"
         path.write_text(json.dumps(found, default=str))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from mllm_fast.finetune import leave_processes
+
 
 def run_processes(function: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
     """What `function(rank)`, of a module's top level, gives in each of `count` processes: tensors, numbers and text."""
@@ -21,5 +23,4 @@ def _run(rank: int, function: Callable[[int], Any], folder: str, count: int) -> 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     torch.save(function(rank), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
