@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mllm_fast
+
 Results = dict[str, Tensor]
+
+
+def fused(model: nn.Module, **options: Any) -> Any:
+    """A fused copy."""
+    twin = copy.deepcopy(model)
+    mllm_fast.fuse(twin, **options)
+    return twin
 
 
 def backward_results(output: Tensor, inputs: dict[str, Tensor], module: nn.Module) -> Results:

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from tests.families.builders import randomise
+from tests.families.instruments import Recorder, recording
 
 DIM, IMAGE, FFN, LAYERS, QUERIES, TOKENS, VOCABULARY = 24, 36, 56, 5, 4, 7, 60
 IMAGE_TOKEN = 90
@@ -90,6 +91,27 @@ def draw(seed: int, batch: int = 3, *, images: int | None = None, queries: int =
         "ids": torch.randint(3, VOCABULARY - 5, (batch, 6), generator=generator),
         "text_mask": (torch.arange(6) < lengths.unsqueeze(1)).long(),
     }
+
+
+def arguments(kind: Kind, which: str, drawn: dict[str, Tensor], tokens: Tensor, image: Tensor) -> dict[str, Any]:
+    """Of one of the three passes, with query tokens and image as given."""
+    rows = drawn["ids"].shape[0]
+    queries = tokens.expand(rows, -1, -1)
+    seen = {"encoder_hidden_states": image, "encoder_attention_mask": torch.ones(image.shape[:2], dtype=torch.long)}
+    if which == "queries":
+        return kind.only_queries(queries) | seen
+    mask = drawn["text_mask"]
+    if which == "text only":
+        return kind.text(queries[:, :0], drawn["ids"], None) | {"attention_mask": mask}
+    mask = torch.cat((torch.ones(rows, tokens.shape[1], dtype=torch.long), mask), 1)
+    return kind.text(queries, drawn["ids"], None) | {"attention_mask": mask} | seen
+
+
+def projections(model: nn.Module, given: dict[str, Any], grad: bool = False) -> Recorder:
+    """What a call computes."""
+    with torch.set_grad_enabled(grad), recording() as record:
+        model(**given)
+    return record
 
 
 def opt() -> OPTConfig:

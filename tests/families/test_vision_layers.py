@@ -16,7 +16,7 @@ from transformers.models.instructblipvideo.modeling_instructblipvideo import Ins
 
 import mllm_fast
 from tests.families.builders import randomise
-from tests.families.instruments import Results, assert_same, check_precision, recording, run_module
+from tests.families.instruments import Results, assert_same, check_precision, fused, recording, run_module
 
 DIM, FFN, LAYERS, IMAGES, TOKENS = 36, 44, 3, 2, 5
 KINDS = {
@@ -39,12 +39,6 @@ def build(kind: str = "blip2", seed: int = 0, implementation: str = "sdpa", **op
 def pixels(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     drawn = torch.randn(IMAGES, 3, 28, 28, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return drawn.to(dtype)
-
-
-def fused(model: nn.Module, **options: Any) -> nn.Module:
-    model = copy.deepcopy(model)
-    mllm_fast.fuse(model, **options)
-    return model
 
 
 def layer_results(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> Results:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import mllm_fast
 from mllm_fast.models.minigpt4 import MiniGPT4ForConditionalGeneration
+from tests.families.instruments import fused
 from tests.models.minigpt4_models import (
     IMAGE,
     QUERIES,
@@ -36,13 +35,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "top_p": 0.9, "num_return_sequences": 3},
 }
 wraps = pytest.mark.parametrize("wrap", [lambda model: model, lambda model: fused(model)], ids=["unfused", "fused"])
-
-
-def fused(model: nn.Module) -> Any:
-    """A fused copy."""
-    model = copy.deepcopy(model)
-    mllm_fast.fuse(model)
-    return model
 
 
 def original_embeddings(model: Any, files: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:

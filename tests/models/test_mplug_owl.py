@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 import mllm_fast
 from mllm_fast.models.mplug_owl import MplugOwlForConditionalGeneration
-from tests.families.instruments import Results, assert_same, check_precision, recording
+from tests.families.instruments import Results, assert_same, check_precision, fused, recording
 from tests.models.mplug_owl_models import (
     HEADS,
     IMAGE,
@@ -32,13 +31,6 @@ from tests.models.mplug_owl_models import (
 )
 
 levels = pytest.mark.parametrize("level", [None, 0, 1, 2], ids=["unfused", "level0", "level1", "level2"])
-
-
-def fused(model: nn.Module, **options: Any) -> Any:
-    """A fused copy."""
-    model = copy.deepcopy(model)
-    mllm_fast.fuse(model, **options)
-    return model
 
 
 class Original(nn.Module):

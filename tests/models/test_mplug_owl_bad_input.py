@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import mllm_fast
 from mllm_fast.models.mplug_owl import MplugOwlForConditionalGeneration
+from tests.families.instruments import fused
 from tests.models.mplug_owl_models import QUERIES, ROWS, TEXT, VISION, config, inputs, owl
-
-
-def fused(model: nn.Module) -> Any:
-    """A fused copy."""
-    model = copy.deepcopy(model)
-    mllm_fast.fuse(model)
-    return model
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, fused], ids=["unfused", "fused"])

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import mllm_fast
+from tests.families.instruments import fused
 from tests.models.mplug_owl_models import IMAGE, QUERIES, ROWS, TEXTS, VISION, inputs, original_embeddings, owl
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 LENGTH = inputs()["input_ids"].shape[1]
-
-
-def fused(model: nn.Module) -> Any:
-    """A fused copy."""
-    model = copy.deepcopy(model)
-    mllm_fast.fuse(model)
-    return model
 
 
 wraps = pytest.mark.parametrize("wrap", [lambda m: m, fused], ids=["unfused", "fused"])
