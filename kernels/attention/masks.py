@@ -7,6 +7,7 @@ change that autograd's version counter can see is noticed, and the derived plan 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -211,3 +212,15 @@ class Mask:
         elif self.media is not None:
             found.append(self.media.words)
         return tuple(found)
+
+
+def parts_of(mask: Mask) -> tuple[tuple[Hashable, ...], tuple[Tensor | None, ...]]:
+    """All that a mask says: constants, and tensors."""
+    media: tuple[Hashable, ...] = ()
+    tensors: tuple[Tensor | None, ...] = (mask.key_lengths, mask.key_padding)
+    if isinstance(mask.media, MediaRanges):
+        media = (mask.media.images, mask.media.tokens_per_image, mask.media.beyond)
+        tensors += (mask.media.first, mask.media.last)
+    elif mask.media is not None:
+        media, tensors = (mask.media.images, mask.media.tokens_per_image), (*tensors, mask.media.words)
+    return (mask.causal, mask.prefix, *media), tensors

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import runtime, seeds
+from ..relaunch import PARTS, relaunches
 from . import dispatch, reference, registered
 from .libraries import LIBRARIES
-from .masks import Mask
+from .masks import Mask, parts_of
 from .plan import Shapes, plan_for
 from .settings import settings_of
 
@@ -20,9 +21,11 @@ runtime.register_op(
     note=dispatch.note,
 )
 
+PARTS[Mask] = parts_of
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@relaunches
 def attention(
     q: Tensor,
     k: Tensor,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..relaunch import launch
 from ..sizes import cdiv, next_power_of_2
 from ..sums import column_sums
 from ..target import Arch, arch_of, keep_scale, on_device, precision
-from ..tile import split_width
 from . import configs
 from .configs import Config, Media
 from .settings import Settings
@@ -49,7 +49,8 @@ def forward(
     rows, clusters = queries * group * pack, batch // pack
     if config is None:
         tiles = cdiv(rows, 128) * key_heads * clusters
-        config = configs.forward_config(arch, rows, tiles, width, q.element_size(), media)
+        burden = _burden(settings, extra_k)
+        config = configs.forward_config(arch, rows, tiles, width, q.element_size(), media, burden)
     programs = cdiv(rows, config.BM) * key_heads * clusters
     if splits is None:
         splits = configs.splits_for(arch, programs, keys, settings.images, config.BN)
@@ -62,7 +63,8 @@ def forward(
                      config, arch)  # fmt: skip
         if splits > 1:
             total = batch * queries * heads
-            attention_combine[(total,)](
+            launch(
+                attention_combine, (total,),
                 target, target_lse, out, lse, total,
                 SPLITS=splits, D=width, BD=next_power_of_2(width), num_warps=2,
             )  # fmt: skip
@@ -100,7 +102,8 @@ def backward(
     pack = _pack(q, k, extra_k, settings)
     rows = queries * group * pack
     if query_config is None:
-        query_config = configs.query_gradient_config(arch, rows, width, q.element_size(), media)
+        burden = _burden(settings, extra_k)
+        query_config = configs.query_gradient_config(arch, rows, width, q.element_size(), media, burden)
     delta = torch.empty_like(lse)
     with on_device(q):
         programs = cdiv(rows, query_config.BM) * key_heads * (batch // pack)
@@ -145,7 +148,7 @@ def _launch_rows(
     grad, out, delta = gradient or (None, None, None)
     batch, queries, heads, width = q.shape
     key_rows, keys, key_heads, _ = k.shape
-    D0, D1 = split_width(width)
+    D0, D1 = configs.blocks_of(width, q.element_size())
     masks, media_strides, words = _masks(s, batch)
     extra_strides = (0,) * 6
     extra_keys, own = 0, False
@@ -155,7 +158,8 @@ def _launch_rows(
         extra_strides = tuple(
             0 if shared and i == 0 else stride for x in (extra_k, extra_v) for i, stride in enumerate(x.stride()[:3])
         )
-    attention_rows[(programs,)](
+    launch(
+        attention_rows, (programs,),
         q, k, v, extra_k, extra_v, grad, out, delta, target, lse, *masks, s.kv_index,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *extra_strides,
         *((0, 0, 0) if grad is None else grad.stride()[:3]), *media_strides,
@@ -190,13 +194,15 @@ def _launch_keys(
     key_rows, keys, key_heads, _ = k.shape
     if k.numel() == 0:
         return torch.empty_like(k), torch.empty_like(v)
-    D0, D1 = split_width(width)
+    D0, D1 = configs.blocks_of(width, q.element_size())
     arch = arch_of(q.device)
     masks, media_strides, words = _masks(s, batch) if first else ((None,) * 5, (0, 0), 0)
     group = heads // key_heads
     if config is None:
+        # A program goes over one of the sources, and no mask concerns the second.
+        burden = _burden(s, extra_k) - (extra_k is not None) if first else int(s.dropout_p > 0)
         config = configs.key_gradient_config(
-            arch, queries * group, width, q.element_size(), _media(s) if words else None
+            arch, queries * group, width, q.element_size(), _media(s) if words else None, burden
         )
     blocks = s.images * cdiv(s.tokens, config.BN) if words else cdiv(keys, config.BN)
     programs = blocks * key_heads * key_rows
@@ -260,6 +266,12 @@ def _own_extra(extra_k: Tensor, k: Tensor) -> bool:
 def _uniform(s: Settings, extra_k: Tensor | None) -> bool:
     """Next to any real score, the constant scores of rows beyond the images vanish."""
     return s.beyond_mean and s.images > 0 and (extra_k is None or extra_k.shape[1] == 0)
+
+
+def _burden(s: Settings, extra_k: Tensor | None) -> int:
+    """As `configs` counts it."""
+    parts = (s.key_lengths is not None, s.key_padding is not None, s.causal, _uniform(s, extra_k), extra_k is not None)
+    return (s.dropout_p > 0) + sum(parts)
 
 
 def _eights(q: Tensor, *others: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..norm.op import check_same_shape
+from ..relaunch import relaunches
 from . import reference
 
 runtime.register_op("gated_residual", "residual + tanh(gate) * branch, rows masked", has_triton=True)
@@ -30,6 +31,7 @@ def check_gate(residual: Tensor, gate: Tensor | None, row_mask: Tensor | None) -
             )
 
 
+@relaunches
 def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
     """Gated residual: residual + tanh(gate) * branch, with the branch of masked rows left out.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import target
+from ..relaunch import launch
 from ..rows import Strides, as_rows
 from ..sizes import cdiv
 from ..sums import column_sums
@@ -35,7 +36,8 @@ def forward(
     (residual_rows, branch_rows, mask), inner, strides = _rows(residual, branch, row_mask)
     rows = out.numel() // width
     with on_device(out):
-        gated_rows[(cdiv(rows, config.BM) * cdiv(width, config.BD),)](
+        launch(
+            gated_rows, (cdiv(rows, config.BM) * cdiv(width, config.BD),),
             residual_rows, branch_rows, gate, mask, out, *strides[0], *strides[1], *strides[2], rows, inner, width,
             SCALAR=gate.numel() == 1, BD=config.BD, BM=config.BM, num_warps=config.num_warps,
         )  # fmt: skip

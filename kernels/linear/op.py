@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import runtime
 from ..gated_residual.op import check_gate
 from ..norm.op import Norm, check_dropout, check_norm
+from ..relaunch import relaunches
 from . import reference
 from .activations import ACTIVATIONS, GATED_ACTIVATIONS
 from .call import Extras, Group
@@ -31,6 +32,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "
         )
 
 
+@relaunches
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -120,6 +122,7 @@ def _check_head_norm(head_norm: Norm, weight: Tensor, activation: str | None) ->
         raise ValueError(f"head_norm excludes an activation, but activation is {activation!r}; apply one of the two")
 
 
+@relaunches
 def linear_residual(
     x: Tensor,
     weight: Tensor,

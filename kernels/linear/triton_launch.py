@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import target
+from ..relaunch import launch
 from ..rows import as_rows
 from ..sizes import cdiv
 from ..target import Arch, keep_scale, on_device
@@ -100,7 +101,8 @@ def _launch_one(
         both = torch.empty(count, config.SPLITS, rows, features, dtype=torch.float32, device=out.device)
         parts, gate_parts = both[0], both[1] if count == 2 else None
     tiles = cdiv(rows, config.BM) * configs.column_tiles(features, config.BN, head)
-    linear_tiles[(tiles * config.SPLITS,)](
+    launch(
+        linear_tiles, (tiles * config.SPLITS,),
         x, g.weight, extras.gate_weight, g.bias, extras.gate_bias, g.norm_weight, g.norm_bias, extras.head_weight,
         residual, g.rnorm_weight, g.rnorm_bias, extras.gate, extras.mask_bytes, out, parts, gate_parts,
         saved.pre, saved.pre_gate,
@@ -130,7 +132,8 @@ def merge(
     n, features, head = numbers, g.weight.shape[0], extras.head
     config = configs.merge_config(features, head)
     (_, residual), inner, strides = as_rows(g.x, g.residual)
-    linear_merge[(cdiv(g.rows, config.BM) * configs.column_tiles(features, config.BN, head),)](
+    launch(
+        linear_merge, (cdiv(g.rows, config.BM) * configs.column_tiles(features, config.BN, head),),
         parts, gate_parts, None if biased else g.bias, None if biased else extras.gate_bias, extras.head_weight,
         residual, g.rnorm_weight, g.rnorm_bias, extras.gate, extras.mask_bytes, out, saved.pre, saved.pre_gate,
         *strides[1], g.rows, inner, features, n.reps[0], n.head_eps, n.dropout_p, keep_scale(n.dropout_p), n.seed,

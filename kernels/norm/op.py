@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import runtime, seeds
+from ..relaunch import PARTS, relaunches
 from . import reference
 
 runtime.register_op("layer_norm", "layer norm of residual + dropout(x), fp32 statistics", has_triton=True)
@@ -41,6 +42,9 @@ class Norm:
             raise ValueError("an RMS norm has no bias, but one was given; pass bias=None or kind='layer_norm'")
 
 
+PARTS[Norm] = lambda norm: ((norm.kind, norm.eps), (norm.weight, norm.bias))
+
+
 def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, name_of_x: str = "x") -> None:
     """Raise ValueError unless the affine parameters are vectors as long as the last dimension of `x`."""
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -66,6 +70,7 @@ def check_same_shape(name: str, tensor: Tensor, other_name: str, other: tuple[in
         )
 
 
+@relaunches
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -111,6 +116,7 @@ def layer_norm(
     return reference.layer_norm(x, weight, bias, eps, residual, dropout_p, seed)
 
 
+@relaunches
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,

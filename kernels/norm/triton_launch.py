@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import target
+from ..relaunch import launch
 from ..rows import as_rows
 from ..sums import column_sums
 from ..target import keep_scale, on_device
@@ -69,9 +70,10 @@ def forward(
         config = configs.forward_config(target.arch_of(x.device), width)
     (x_rows, residual_rows), inner, strides = as_rows(x, residual)
     with on_device(x):
-        norm_rows[(-(-rows // config.BM),)](
-            x_rows, residual_rows, weight, bias, out, total, stats, *strides[0], *strides[1], rows, inner,
-            s.eps, s.dropout_p, keep_scale(s.dropout_p), s.seed,
+        launch(
+            norm_rows, (-(-rows // config.BM),),
+            x_rows, residual_rows, weight, bias, out, total, stats, *strides[0], *strides[1], rows, inner, s.eps,
+            s.dropout_p, keep_scale(s.dropout_p), s.seed,
             RMS=s.rms, DROPOUT=s.dropout_p > 0, D=width, BD=config.BD, BM=config.BM, num_warps=config.num_warps,
         )  # fmt: skip
     return out, total, stats
@@ -128,7 +130,7 @@ def backward(
     )
     (grad_rows, total_rows), inner, strides = as_rows(grad, total)
 
-    def launch(
+    def sweep(
         programs: int,
         d_residual: Tensor | None,
         d_x: Tensor | None,
@@ -145,10 +147,10 @@ def backward(
 
     with on_device(grad):
         if summing and configs.sums_apart(config, s.dropout_p > 0 and d_x is not None):
-            launch(programs, None, None, weight_parts, bias_parts)
-            launch(-(-rows // config.BM), d_residual, d_x, None, None)
+            sweep(programs, None, None, weight_parts, bias_parts)
+            sweep(-(-rows // config.BM), d_residual, d_x, None, None)
         else:
-            launch(programs, d_residual, d_x, weight_parts, bias_parts)
+            sweep(programs, d_residual, d_x, weight_parts, bias_parts)
     sums = [
         None if parts is None or d is None else column_sums(parts, parts.shape[1:], d)
         for parts, d in ((weight_parts, weight_dtype), (bias_parts, bias_dtype))

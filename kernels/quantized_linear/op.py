@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from .. import runtime
+from ..relaunch import PARTS, relaunches
 from . import autograd, reference
-from .weights import Lora, Weight, Weight8bit
+from .weights import Lora, Weight, Weight4bit, Weight8bit, parts_of_4bit, parts_of_8bit
 
 runtime.register_op(
     "quantized_linear",
     "x W^T + b with a frozen W in NF4, FP4 or int8, a LoRA term beside it, and the gradient of x",
     has_triton=True,
 )
+
+PARTS[Weight4bit] = parts_of_4bit
+PARTS[Weight8bit] = parts_of_8bit
 
 _SEEDS = 1 << 62
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +47,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     return triton_launch.dequantize(weight, dtype)
 
 
+@relaunches
 def quantized_linear(
     x: Tensor,
     weight: Weight,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import runtime
+from ..relaunch import launch
 from ..sizes import cdiv, next_power_of_2
 from ..target import Arch, arch_of, keep_scale, on_device, precision
 from . import configs, triton_elementwise
@@ -52,7 +53,8 @@ def product(
     out, parts = _targets(x, rows, width, splits)
     merge = _Epilogue(bias, term, arch, x.dtype)
     with on_device(x):
-        product_tiles[(tiles * splits,)](
+        launch(
+            product_tiles, (tiles * splits,),
             x, *_operands(weight), *(merge.none if splits > 1 else merge.tensors), out, parts,
             rows, width, columns, merge.rank, x.stride(0), _row_words(weight), *merge.strides, 0,
             BITS=bits, BLOCK=block, SCALE_RESULT=not config.scale_weight, EVEN_N=width % config.BN == 0,
@@ -141,7 +143,8 @@ class _Epilogue:
         """The second pass over parts [splits, M, width]."""
         BM, BN = 16, 64
         grid = (cdiv(out.shape[0], BM) * cdiv(out.shape[1], BN),)
-        merge_parts[grid](
+        launch(
+            merge_parts, grid,
             parts, *self.tensors, out, *out.shape, self.rank, *self.strides,
             self.dropout_p, self.keep_scale, self.seed, DROPOUT=self.dropout_p > 0, SPLITS=parts.shape[0],
             BM=BM, BN=BN, R=self.R, PRECISION=self.precision, num_warps=4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +126,19 @@ class Weight8bit:
 
 
 Weight = Weight4bit | Weight8bit
+Parts = tuple[tuple[Hashable, ...], tuple[Tensor | None, ...]]
+
+
+def parts_of_4bit(weight: Weight4bit) -> Parts:
+    """All that a weight consists of: constants, and tensors."""
+    nested = weight.nested
+    fine = (None, None, None) if nested is None else (nested.code, nested.absmax, nested.offset)
+    return (weight.blocksize, weight.shape, weight.decoder), (weight.packed, weight.absmax, weight.code, *fine)
+
+
+def parts_of_8bit(weight: Weight8bit) -> Parts:
+    """The same."""
+    return (), (weight.values, weight.scale)
 
 
 @dataclass(frozen=True, eq=False)

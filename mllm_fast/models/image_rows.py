@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from ..modules.projector import splice_rows
+from ..modules.state import readable_on_host
 from .conditioning import base_model
 
 
@@ -71,7 +72,8 @@ class ImageRows:
             [B, S, D].
 
         Raises:
-            ValueError: image tokens and images that do not match.
+            ValueError: image tokens and images that do not match. On a GPU that is a device-side assertion: torch reports it
+                at the next call that waits.
         """
         if pixel_values is not None and image_features is not None:
             raise ValueError("both pixel_values and image_features were given; pass one of them")
@@ -100,7 +102,12 @@ class ImageRows:
     def _check_images(self, places: Tensor, images: int) -> None:
         if torch.compiler.is_compiling():
             return
-        counts, rows = places.sum(dim=1).tolist(), self.config.rows_per_image
+        counted, rows = places.sum(dim=1), self.config.rows_per_image
+        if not readable_on_host(counted):  # to look would be to wait, at every step of a generation
+            fits = (counted.sum() == images * rows) & (counted % rows == 0).all()
+            torch._assert_async(fits, f"{images} images need {rows} image tokens each, and input_ids hold others")
+            return
+        counts = counted.tolist()
         if sum(counts) == images * rows and not any(count % rows for count in counts):
             return
         listed = ", ".join(map(str, counts[:8])) + (", ..." if len(counts) > 8 else "")

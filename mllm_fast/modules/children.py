@@ -54,7 +54,7 @@ def readable_linear(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or hooked(module):
         return False
     parameters = module._parameters
-    bias = parameters.get("bias")
+    bias = parameters.get("bias", module)  # the module: not among its parameters, and not plain
     return type(parameters.get("weight")) in _PLAIN and (bias is None or type(bias) in _PLAIN)
 
 
@@ -70,15 +70,17 @@ def read_norm(module: nn.Module) -> Norm | None:
     """The norm that `module` computes, or None when it has to be called."""
     if hooked(module):
         return None
-    kind = type(module)
-    if kind is nn.LayerNorm and len(module.normalized_shape) == 1 and _plain(module.weight, module.bias):
-        return Norm("layer_norm", module.weight, module.bias, module.eps)
-    if kind is nn.RMSNorm and len(module.normalized_shape) == 1 and _plain(module.weight):
+    kind, parameters = type(module), module._parameters
+    weight = parameters.get("weight", module)
+    if not _plain(weight):
+        return None
+    if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+        bias = parameters.get("bias", module)
+        return Norm("layer_norm", weight, bias, module.eps) if _plain(bias) else None
+    if kind is nn.RMSNorm and len(module.normalized_shape) == 1:
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
-        return Norm("rms_norm", module.weight, None, eps)
-    if kind.__name__ in RMS_NORM_CLASSES and _plain(module.weight):
-        return Norm("rms_norm", module.weight, None, module.variance_epsilon)
-    return None
+        return Norm("rms_norm", weight, None, eps)
+    return Norm("rms_norm", weight, None, module.variance_epsilon) if kind.__name__ in RMS_NORM_CLASSES else None
 
 
 def normalize(x: Tensor, norm: nn.Module | Norm) -> Tensor:
@@ -116,12 +118,12 @@ def norm_linear(
     if linears_read:
         return ops.norm_linear(
             x,
-            linear.weight,
-            linear.bias,
+            linear._parameters["weight"],
+            linear._parameters["bias"],
             norm=read,
             activation=activation,
-            gate_weight=None if gate is None else gate.weight,
-            gate_bias=None if gate is None else gate.bias,
+            gate_weight=None if gate is None else gate._parameters["weight"],
+            gate_bias=None if gate is None else gate._parameters["bias"],
         )
     if gate is not None:
         return activate(gate(x), activation) * linear(x)
@@ -143,7 +145,8 @@ def _head_norm_linear(
     fuses = readable and read is not None and read.kind == "rms_norm" and read.weight is not None
     if fuses and not serves_packed(packs, x, linear):
         x, pending = _read_or_apply(x, norm, True)
-        return ops.norm_linear(x, linear.weight, linear.bias, norm=pending, head_norm=read)
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        return ops.norm_linear(x, weight, bias, norm=pending, head_norm=read)
     y = norm_linear(x, norm, linear, packs=packs)
     return normalize(y.unflatten(-1, (-1, head_norm.weight.shape[0])), head_norm).flatten(-2)
 
@@ -164,10 +167,12 @@ def linear_residual(
     packs: Derived | None = None,
 ) -> Tensor:
     """residual + tanh(gate) * row_mask * dropout(linear(x)), in one op where the child can be read."""
-    packed = readable_linear(linear) and serves_packed(packs, x, linear)
-    if readable_linear(linear) and not packed:
+    readable = readable_linear(linear)
+    packed = readable and serves_packed(packs, x, linear)
+    if readable and not packed:
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         return ops.linear_residual(
-            x, linear.weight, linear.bias, residual=residual, gate=gate, row_mask=row_mask, dropout_p=dropout_p
+            x, weight, bias, residual=residual, gate=gate, row_mask=row_mask, dropout_p=dropout_p
         )
     branch = _packed(x, linear, packs) if packed and packs is not None else linear(x)
     if dropout_p > 0:
@@ -206,12 +211,12 @@ def linear_post_norm(
         if read is not None:
             return Rows(ops.layer_norm(y, read.weight, read.bias, read.eps, residual=values, dropout_p=dropout_p))
         return Rows(norm(values + F.dropout(y, dropout_p, dropout_p > 0)))
-    sources = (linear.weight, linear.bias, residual.values, read.weight, read.bias)
-    deferred = defer and dropout_p == 0 and defers_norm(x, *sources)
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    deferred = defer and dropout_p == 0 and defers_norm(x, weight, bias, residual.values, read.weight, read.bias)
     values = ops.linear_residual(
         x,
-        linear.weight,
-        linear.bias,
+        weight,
+        bias,
         residual=residual.values,
         residual_norm=residual.norm,
         norm=None if deferred else read,

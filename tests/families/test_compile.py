@@ -20,7 +20,7 @@ from transformers import (
 
 import mllm_fast
 from mllm_fast.families import open_flamingo
-from tests.families import blip_models, llava_models, qformers
+from tests.families import blip_models, llava_models, qformers, test_idefics2, test_mllama
 from tests.families.blocks import KINDS, BlockKind
 from tests.families.builders import (
     IMAGE_TOKEN,
@@ -33,7 +33,7 @@ from tests.families.builders import (
 )
 from tests.families.decoders import FlamingoDecoder
 from tests.families.generating import SYSTEMS, System
-from tests.models import helpers
+from tests.models import helpers, minigpt4_models, mplug_owl_models
 
 # Of the two language models that each Q-Former is built for, one: what is compiled of them is transformers' own.
 systems = pytest.mark.parametrize(
@@ -121,6 +121,25 @@ def test_generation_with_a_static_cache(system: System) -> None:
     assert not counters["graph_break"]
     if system.name in MEDIA_WIDTHS:
         assert not backend.reads_weights_of(MEDIA_WIDTHS[system.name])
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
+    "minigpt4": (minigpt4_models.minigpt4, minigpt4_models.inputs),
+    "mplug_owl": (mplug_owl_models.owl, mplug_owl_models.inputs),
+    "mllama": (test_mllama.model, lambda: test_mllama.inputs(torch.float32)),
+    "idefics2": (test_idefics2.model, test_idefics2.inputs),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_systems_with_a_static_cache(name: str) -> None:
+    build, inputs = OTHERS[name]
+    upstream, length = build(), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    fused, given = copy.deepcopy(upstream), {n: x for n, x in inputs().items() if n != "labels"}
+    mllm_fast.fuse(fused)
+    expected = upstream.generate(**given, **length)
+    assert torch.equal(fused.generate(**given, **length, **compiled(Backend())), expected)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
 def test_upstream_breaks_where_it_waits() -> None:

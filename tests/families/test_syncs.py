@@ -15,7 +15,7 @@ from transformers import BlipForImageTextRetrieval, DynamicCache, EncoderDecoder
 import mllm_fast
 from mllm_fast import ops
 from mllm_fast.models import flamingo, flamingo_index
-from tests.families import blip_models, llava_models, qformers, test_idefics2, test_mllama
+from tests.families import blip_models, frozen_decoders, llava_models, qformers, test_idefics2, test_mllama
 from tests.families.blocks import KINDS, TOKENS, BlockKind
 from tests.families.builders import (
     MEDIA_DIM,
@@ -28,7 +28,7 @@ from tests.families.builders import (
     palm,
 )
 from tests.families.fake_gpu import DEVICE, FakeGpu, HostReadError, fake_gpu
-from tests.models import helpers
+from tests.models import helpers, minigpt4_models, mplug_owl_models
 
 Run = Callable[[FakeGpu, nn.Module], Any]
 
@@ -144,6 +144,23 @@ def run_own_flamingo(gpu: FakeGpu, model: nn.Module) -> None:
     model(tokens[:, :1], media=media, image_index=index[:, :1], past_key_values=cache, use_cache=True)
 
 
+def run_image_rows(inputs: Callable[[], dict[str, Tensor]]) -> Run:
+    def run(gpu: FakeGpu, model: nn.Module) -> None:
+        cache, given = DynamicCache(), gpu.inputs(inputs())
+        token_ids, pixels = given["input_ids"], given["pixel_values"]
+        if torch.is_grad_enabled():
+            model(input_ids=token_ids, pixel_values=pixels, labels=token_ids).loss.backward()
+            return
+        model(input_ids=token_ids, pixel_values=pixels, past_key_values=cache, use_cache=True)
+        model(input_ids=ids(gpu, token_ids.shape[0], 1), past_key_values=cache, use_cache=True)
+
+    return run
+
+
+IMAGE_ROWS = {
+    "minigpt4": (minigpt4_models.minigpt4, run_image_rows(minigpt4_models.inputs)),
+    "mplug_owl": (mplug_owl_models.owl, run_image_rows(mplug_owl_models.inputs)),
+}
 MODELS: dict[str, tuple[Callable[[], nn.Module], Run]] = {
     "open_flamingo": (of_model, run_open_flamingo),
     "flamingo_pytorch": (palm, run_flamingo_pytorch),
@@ -156,6 +173,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Run]] = {
     "mllama": (test_mllama.model, run_mllama),
     "idefics2_connector": (lambda: test_idefics2.model().model.connector, run_idefics2),
     "flamingo": (helpers.flamingo, run_own_flamingo),
+    **IMAGE_ROWS,
 }  # fmt: skip
 # Those with upstream bugs to mend.
 MENDED = ["open_flamingo", "flamingo_pytorch", "idefics", "blip", "blip_retrieval"]
@@ -261,6 +279,26 @@ def test_qformers_with_text(gpu: FakeGpu, kind: qformers.Kind, grad: bool) -> No
         out = model(**given, **masks, encoder_hidden_states=image).last_hidden_state
         if grad:
             out.sum().backward()
+    assert gpu.launches
+
+
+@pytest.mark.parametrize("name", IMAGE_ROWS)
+def test_models_with_rows_of_images_train(gpu: FakeGpu, name: str) -> None:
+    build, run = IMAGE_ROWS[name]
+    model = build().train()
+    mllm_fast.fuse(model)
+    gpu.module(model)
+    with gpu.running(grad=True):
+        run(gpu, model)
+    assert gpu.launches
+
+
+def test_decoder_layers_with_lora_train(gpu: FakeGpu) -> None:
+    model = frozen_decoders.fused(frozen_decoders.adapted(kind="dense"))
+    gpu.module(model)
+    x = gpu.tensor(torch.zeros(2, 7, frozen_decoders.SIZES["hidden_size"]))
+    with gpu.running(grad=True):
+        model.model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
     assert gpu.launches
 
 

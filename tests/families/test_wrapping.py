@@ -14,6 +14,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import Tensor, nn
 
 import mllm_fast
+from mllm_fast.modules import children
 from tests.families.blocks import KINDS, BlockKind
 from tests.families.builders import MEDIA_DIM, idefics, idefics_inputs, of_inputs, of_model, of_resampler, randomise
 from tests.families.instruments import recording
@@ -376,3 +377,15 @@ def test_accelerate_hook_removed_or_added_while_fused(kind: BlockKind) -> None:
     assert type(fused) is type(kind.build())
     x, media, locations = kind.inputs()
     assert torch.equal(kind.call(fused, x, media, locations), kind.call(upstream, x, media, locations))
+
+
+def test_a_weight_that_is_no_parameter_is_not_read() -> None:
+    """A tensor in a parameter's place is not in the tables that are looked into: the child is called."""
+    for make, read in ((nn.LayerNorm, children.read_norm), (lambda n: nn.Linear(n, n), children.readable_linear)):
+        for name in ("weight", "bias"):
+            module = make(3)
+            assert read(module)
+            value = getattr(module, name).detach() + 1
+            delattr(module, name)
+            setattr(module, name, value)
+            assert not read(module)
