@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,7 @@ class _Sizes:
     def __init__(self, model: nn.Module, recipe: Recipe, batch: BatchShape, e: int) -> None:
         self.model, self.recipe, self.batch, self.e = model, recipe, batch, e
         self.tokens, self.images = batch.samples * batch.tokens, batch.samples * batch.images
+        self.mask = self.tokens * batch.tokens if batch.padded else 0
         self.specs = [(m, s.spec) for m in model.modules() if (s := _state(m)) is not None and s.spec is not None]
         self.resamplers = [(m, spec) for m, spec in self.specs if isinstance(spec, PerceiverResamplerSpec)]
         self.gated = [(m, spec) for m, spec in self.specs if isinstance(spec, GatedCrossAttentionSpec)]
@@ -140,8 +141,9 @@ class _Sizes:
         return self.patches()
 
     def bridge(self) -> list[_Block]:
-        """Gated blocks, resamplers, Q-Formers and projections that are trained."""
+        """Gated blocks, resamplers, Q-Formers and projections that are trained, and gated blocks that are trained through."""
         blocks = [self._gated(m, spec) for m, spec in self.gated if _trained(m)]
+        blocks += [_Block(m, None) for m in self._trained_through()]
         blocks += [self._resampler(m, spec) for m, spec in self.resamplers if _trained(m)]
         if any(_trained(m) for m, _ in self.qformer):
             blocks += self._qformers()
@@ -255,12 +257,7 @@ class _Sizes:
         """Layers of the frozen language model from the first through which is trained, its last norm, and the loss."""
         if self.recipe.language_model is None:
             return []
-        (root,) = resolve(self.model, self.recipe.language_model)
-        assert isinstance(root, nn.Module)
-        layers = [
-            m for m in root.modules() if type(m).__name__.endswith(("DecoderLayer", "Block", "Layer")) and _depth(m)
-        ]
-        layers = [m for m in layers if _kind(m) is not None]
+        root, layers = self._layers()
         if not layers:
             return [_Block(root, None)]
         first = self._first(root, layers)
@@ -272,23 +269,53 @@ class _Sizes:
             blocks.append(_Block(layers[-1], kept, again=False))
         return blocks
 
-    def _first(self, root: nn.Module, layers: list[nn.Module]) -> int:
+    def _layers(self) -> tuple[nn.Module, list[Any]]:
+        """The language model, and its layers that are known here."""
+        assert self.recipe.language_model is not None
+        (root,) = resolve(self.model, self.recipe.language_model)
+        assert isinstance(root, nn.Module)
+        named = [
+            m for m in root.modules() if type(m).__name__.endswith(("DecoderLayer", "Block", "Layer")) and _depth(m)
+        ]
+        return root, [m for m in named if _kind(m) is not None]
+
+    def _trained_through(self) -> list[nn.Module]:
+        """Gated blocks that are frozen, and that a gradient passes on its way to what is trained below them."""
+        frozen = [m for m, _ in self.gated if not _trained(m)]
+        if not frozen or self.recipe.language_model is None:
+            return []
+        root, layers = self._layers()
+        first, places = self._first(root, layers), self._places(root, layers)
+        beside = self._beside_lora()
+        return [m for m in frozen if first < places[id(m)] or (first == places[id(m)] and beside)]
+
+    def _beside_lora(self) -> bool:
+        """Whether something is trained whose gradient comes through media or embeddings, below every gated block."""
+        return any(p.requires_grad for name, p in self.model.named_parameters() if "lora_" not in name)
+
+    def _places(self, root: nn.Module, layers: list[Any]) -> dict[int, int]:
+        """Before how many layers each gated block stands."""
         order = {id(m): i for i, m in enumerate(root.modules())}
+        found = (getattr(m, "places", None) for m in self.model.modules())
+        given: Sequence[int] = next((places for places in found if isinstance(places, tuple)), ())
+        # IDEFICS has its blocks beside the layers, one for every so many of them.
+        given = given or [i * len(layers) // len(self.gated) for i in range(len(self.gated))]
+        return {
+            id(m): sum(order[id(layer)] < order[id(m)] for layer in layers) if id(m) in order else given[i]
+            for i, (m, _) in enumerate(self.gated)
+        }
+
+    def _first(self, root: nn.Module, layers: list[Any]) -> int:
+        """The first layer that a gradient reaches."""
         firsts = [i for i, layer in enumerate(layers) if _trained(layer)]
-        trained = [m for m, _ in (*self.gated, *self.resamplers) if _trained(m)]
-        embedded = any(isinstance(m, nn.Embedding) and _trained(m) for m in self.model.modules())
-        if self.gated:
-            inside = [order[id(m)] for m, _ in self.gated if id(m) in order]
-            places = next(
-                (m.places for m in self.model.modules() if isinstance(getattr(m, "places", None), tuple)), None
-            )
-            if trained and inside:
-                firsts.append(sum(order[id(layer)] < min(inside) for layer in layers))
-            elif trained:
-                firsts.append(0 if places is None else places[0])
-        elif any(p.requires_grad for n, p in self.model.named_parameters() if "lora_" not in n):
+        embeddings = [p for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+        known = {id(p) for p in embeddings}
+        if any(p.requires_grad for p in embeddings):
             firsts.append(0)
-        return min([*firsts, *([0] if embedded else [])], default=len(layers))
+        # Media reach a language model with gated blocks through the first of these, others before their first layer.
+        if any(p.requires_grad and id(p) not in known for n, p in self.model.named_parameters() if "lora_" not in n):
+            firsts.append(min(self._places(root, layers).values(), default=0))
+        return min(firsts, default=len(layers))
 
     def _width(self, layer: nn.Module) -> int:
         return int(next(p for name, p in layer.named_parameters() if "norm" in name).shape[0])
@@ -301,13 +328,14 @@ class _Sizes:
         goes_in = self.e * self.tokens * h
         if kind == "opt":
             f, heads = _out(layer.fc1), attention.num_heads
-            kept = memory.plain_decoder_layer_bytes(self.tokens, h, f, heads, self.e)
+            kept = memory.plain_decoder_layer_bytes(self.tokens, h, f, heads, self.e, mask=self.mask)
             return _Block(layer, None if lora else kept, goes_in)
         computes = {getattr(m, "compute_dtype", None) or dtype for m in layer.modules() if hasattr(m, "compute_dtype")}
         if kind != "gated" or state_of(layer) is None or computes - {dtype}:
             return _Block(layer, None, goes_in)
         q, kv, f = (_out(m) for m in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj))
-        kept = memory.decoder_layer_bytes(self.tokens, h, q, kv, f, q // attention.head_dim, r, self.e)
+        heads = q // attention.head_dim
+        kept = memory.decoder_layer_bytes(self.tokens, h, q, kv, f, heads, r, self.e, mask=self.mask)
         return _Block(layer, kept + self.e * rounded, goes_in)
 
 

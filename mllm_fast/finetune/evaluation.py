@@ -20,17 +20,21 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class _InOrder:
     """Batches for `sampling.batches`: every row once, the same number of batches for every process.
 
-    Whole batches are dealt out to the processes. The rows that are left over go to every process, and count in the first.
+    Whole batches are dealt out to the processes. The rows that are left over go to every process, and count in the first;
+    with `whole` they are left out, and rows that do not fill one batch make a smaller one.
     """
 
-    def __init__(self, rows: int, settings: TrainingSettings, processes: Processes) -> None:
+    def __init__(self, rows: int, settings: TrainingSettings, processes: Processes, *, whole: bool = False) -> None:
         self.seed = settings.seed
         size, rank = settings.batch_size, processes.rank
+        if whole:
+            size = min(size, rows // processes.size)
         shared = rows // (size * processes.size) * size * processes.size
         self.own = shared // (size * processes.size)
         starts = range(rank * size, shared, size * processes.size)
         self.plan = [range(start, start + size) for start in starts]
-        self.plan += [range(start, min(start + size, rows)) for start in range(shared, rows, size)]
+        if not whole:
+            self.plan += [range(start, min(start + size, rows)) for start in range(shared, rows, size)]
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -49,9 +53,10 @@ class Evaluation:
         evaluate: further numbers.
         settings: batch size, workers and what to monitor.
         processes: they share the rows; all of them call `evaluate`, and the first one's numbers count.
+        whole_batches: leave out the rows that do not fill a batch of all processes.
 
     Raises:
-        ValueError: `patience` or `monitor` without anything to evaluate, or no rows.
+        ValueError: `patience` or `monitor` without anything to evaluate, no rows, or too few for a whole batch.
     """
 
     def __init__(
@@ -62,7 +67,10 @@ class Evaluation:
         evaluate: Evaluate | None,
         settings: TrainingSettings,
         processes: Processes,
+        *,
+        whole_batches: bool = False,
     ) -> None:
+        self.whole_batches = whole_batches
         self.module, self.dataset, self.collate, self.evaluate = module, dataset, collate, evaluate
         self.settings, self.processes = settings, processes
         self.asked = dataset is not None or evaluate is not None
@@ -72,6 +80,12 @@ class Evaluation:
                     raise ValueError(f"{name} needs something to evaluate; pass evaluation_dataset or evaluate")
         if dataset is not None and not len(dataset):
             raise ValueError("evaluation_dataset has no rows")
+        least = max(2, processes.size)
+        if whole_batches and dataset is not None and len(dataset) < least:
+            raise ValueError(
+                f"evaluation_dataset has {len(dataset)} row(s); the loss compares the rows of a batch with each other, and "
+                f"{processes.size} process(es) need at least {least}"
+            )
         if dataset is None and settings.monitor == "loss" and evaluate is None:
             raise ValueError('monitor="loss" needs an evaluation_dataset')
 
@@ -93,7 +107,7 @@ class Evaluation:
         return found
 
     def _loss(self) -> dict[str, float]:
-        order = _InOrder(len(self.dataset), self.settings, self.processes)
+        order = _InOrder(len(self.dataset), self.settings, self.processes, whole=self.whole_batches)
         device, totals = self.processes.device, dict[str, Any]()
         loader = batches(self.dataset, self.collate, order, workers=self.settings.workers, pin=device.type == "cuda")
         for number, (rows, batch) in enumerate(loader):

@@ -44,6 +44,7 @@ def train(
     *,
     evaluation_dataset: Any = None,
     evaluate: Evaluate | None = None,
+    whole_batches: bool = False,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainingResult:
@@ -77,6 +78,8 @@ def train(
         output: the run's folder (see `checkpoint`); made where missing.
         evaluation_dataset: held-out samples, for the mean loss in evaluation mode.
         evaluate: further numbers of the model in evaluation mode, such as an accuracy; called in every process.
+        whole_batches: the loss compares the rows of a batch with each other: leave out of the evaluation the rows that
+            do not fill a batch of all processes, as training does.
         resume: go on from the checkpoint in `output`. Settings may differ in `settings.CHANGEABLE` only.
         progress: draw a progress bar on standard error.
 
@@ -93,7 +96,9 @@ def train(
     """
     device = next(iter(plan.trained.values())).device if plan.names else torch.device("cpu")
     with randomness.preserved(device):
-        run = _Run(plan, loss, dataset, collate, settings, Path(output), evaluation_dataset, evaluate, resume, device)
+        run = _Run(
+            plan, loss, dataset, collate, settings, Path(output), evaluation_dataset, evaluate, whole_batches, resume, device
+        )  # fmt: skip
         with Interruption() as interruption, Meter(settings.steps, run.step, progress and run.first, device) as meter:
             result = run.until_the_end(interruption, meter)
     number = interruption.number or (signal.Signals[result.stopped] if result.stopped.startswith("SIG") else 0)
@@ -115,6 +120,7 @@ class _Run:
         output: Path,
         evaluation_dataset: Any,
         evaluate: Evaluate | None,
+        whole_batches: bool,
         resume: bool,
         device: torch.device,
     ) -> None:
@@ -142,7 +148,9 @@ class _Run:
         self.changes = Changes(plan.model, set(plan.names))
         self.optimizer = build_optimizer(self.trained, settings)
         self.schedule = build_schedule(self.optimizer, settings)
-        self.evaluation = Evaluation(self.module, evaluation_dataset, collate, evaluate, settings, self.processes)
+        self.evaluation = Evaluation(
+            self.module, evaluation_dataset, collate, evaluate, settings, self.processes, whole_batches=whole_batches
+        )
         self.step, self.losses, self.history, self.best = 0, list[float](), list[dict[str, Any]](), dict[str, Any]()
         randomness.seed(settings.seed, self.processes.rank, device=device)
         plan.model.train()

@@ -67,13 +67,16 @@ def language_model_loss(
     arguments = {"use_cache": False} | {name: value for name, value in batch.items() if name != "labels"}
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     if encoder_decoder and arguments.get("decoder_input_ids") is None:
-        arguments["decoder_input_ids"] = _shifted_right(lm, labels)
+        # transformers knows no other mark.
+        arguments["decoder_input_ids"] = _shifted_right(lm, labels.masked_fill(labels == ignore_index, -100))
     hidden = _last_hidden(model, head, arguments)
     if not isinstance(weight, Tensor):
         hidden = hidden.to(head.product_dtype(hidden))
     owner: Any = unwrapped(model)
     if hasattr(owner, "supervised_labels") and arguments.get("input_ids") is not None:
-        labels = owner.supervised_labels(labels, arguments["input_ids"])
+        # What the system leaves out it marks with -100, whatever the caller's mark is.
+        counted = owner.supervised_labels(labels, arguments["input_ids"])
+        labels = labels.masked_fill(counted != labels, ignore_index)
     labels = labels.to(hidden.device)
     return ops.frozen_cross_entropy(
         hidden[:, -labels.shape[1] :],

@@ -3,7 +3,7 @@
 `e` is the bytes of an element in what the language model computes in (2 for bf16, 4 for fp32), `s` those of the stream of
 residuals inside the bridge (that of its parameters). Statistics of norms and attention are fp32. Where e < 4, attention also
 keeps what rounding took from its result (`residue`), and where parameters are wider than e, their rounded copies are kept
-from forward to backward. Small vectors (gates, labels, masks of padded batches, seeds of dropout) are left out.
+from forward to backward. Small vectors (gates, labels, seeds of dropout) are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class BatchShape:
         images: images of a row.
         supervised: tokens of a row that have labels; None: all of them.
         patches: what the vision model makes of an image, tokens; None: as its configuration says.
+        padded: whether its rows are of different lengths, so that the language model's attention is given a mask.
 
     Raises:
         ValueError: a number below what makes a batch.
@@ -31,6 +32,7 @@ class BatchShape:
     images: int = 1
     supervised: int | None = None
     patches: int | None = None
+    padded: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.tokens < 1 or self.images < 0:
@@ -44,24 +46,31 @@ class BatchShape:
 # The formulas.
 
 
-def decoder_layer_bytes(n: int, h: int, q: int, kv: int, f: int, heads: int, r: int, e: int) -> int:
+def decoder_layer_bytes(n: int, h: int, q: int, kv: int, f: int, heads: int, r: int, e: int, *, mask: int = 0) -> int:
     """A frozen pre-norm decoder layer with a gated MLP, through which is trained.
 
     e n (2 h + 2 q + 2 kv + 2 f + r) + 4 n heads: the stream before and inside; queries, keys, values and the attention's
     result; gate and up; of each low-rank term x A^T, r channels in all. Without grouped keys q = kv = h, hence
-    e n (6 h + 2 f + r).
+    e n (6 h + 2 f + r). With a mask torch's attention has no groups: keys and values are repeated, so kv = q, and
+    the layer keeps the mask in the type of its queries.
 
     Args:
         n: tokens of the batch.
         h, f: widths of the stream and of the MLP.
         q, kv: channels of all query heads and of all key heads.
+        mask: elements of the mask, n times the tokens of a row; 0: there is none.
     """
-    return e * n * (2 * h + 2 * q + 2 * kv + 2 * f + r) + 4 * n * heads
+    if mask:
+        kv = q
+    return e * (n * (2 * h + 2 * q + 2 * kv + 2 * f + r) + mask) + 4 * n * heads
 
 
-def plain_decoder_layer_bytes(n: int, h: int, f: int, heads: int, e: int) -> int:
-    """A frozen pre-norm decoder layer of OPT (ReLU, no gate), as autograd keeps it: e n (6 h + f) + 4 n (heads + 4)."""
-    return e * n * (6 * h + f) + 4 * n * (heads + 4)
+def plain_decoder_layer_bytes(n: int, h: int, f: int, heads: int, e: int, *, mask: int = 0) -> int:
+    """A frozen pre-norm decoder layer of OPT (ReLU, no gate), as autograd keeps it.
+
+    e (n (6 h + f) + mask) + 4 n (heads + 4), with the mask as in `decoder_layer_bytes`.
+    """
+    return e * (n * (6 * h + f) + mask) + 4 * n * (heads + 4)
 
 
 def gated_block_bytes(

@@ -47,6 +47,7 @@ STAGES: Mapping[str, Stage] = {
             source="LAVIS projects/blip2/train/pretrain_stage1.yaml; its warm-up starts at 1e-6 and not at 0",
             max_caption_tokens=32,
             loss=pair_loss,
+            whole_batches=True,
         ),
         Stage(
             "blip2-stage2",

@@ -54,6 +54,8 @@ class Stage:
         plain: the image alone stands before the caption.
         max_caption_tokens: longer captions are cut.
         loss: of model and batch.
+        whole_batches: the loss compares the samples of a batch with each other, so held-out samples that fill no batch are
+            left out.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Stage:
     plain: bool = False
     max_caption_tokens: int | None = None
     loss: Loss = field(default=caption_loss, repr=False)
+    whole_batches: bool = False
 
     def training_settings(self, rows: int, processes: int = 1, **given: Any) -> TrainingSettings:
         """The stage's settings for so many samples.

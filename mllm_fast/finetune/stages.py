@@ -71,6 +71,7 @@ class StageRun:
                 output,
                 evaluation_dataset=self.evaluation_dataset,
                 evaluate=evaluate,
+                whole_batches=self.stage.whole_batches,
                 resume=resume,
                 progress=progress,
             )
@@ -181,9 +182,12 @@ def _shape(collate: Collate, data: Any, settings: TrainingSettings) -> BatchShap
     """Of a batch of the first samples; None where it holds no text."""
     count = min(len(data), settings.batch_size)
     batch = collate([data[i] for i in range(count)])
-    ids, labels, pixels = (batch.get(name) for name in ("input_ids", "labels", "pixel_values"))
+    ids, labels, pixels, mask = (batch.get(name) for name in ("input_ids", "labels", "pixel_values", "attention_mask"))
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
-    supervised = None if labels is None else int((labels != IGNORED).sum(1).max())
+    # Labels of another length are those of an encoder-decoder's decoder, whose tokens these are not.
+    known = labels is not None and labels.shape == ids.shape
+    supervised = int((labels != IGNORED).sum(1).max()) if known else None
     images = 0 if pixels is None else pixels.shape[1] if pixels.dim() > 4 else -(-len(pixels) // count)
-    return BatchShape(settings.batch_size, ids.shape[1], images, supervised)
+    padded = mask is not None and not bool(mask.all())
+    return BatchShape(settings.batch_size, ids.shape[1], images, supervised, padded=padded)

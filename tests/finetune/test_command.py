@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mllm_fast import cli
+from mllm_fast.finetune.published import STAGES
 from mllm_fast.models.blip2_stage1 import Blip2Stage1
 from tests.families import qformers
 from tests.finetune import systems
@@ -23,6 +24,7 @@ CASES = {
     "blip2-stage1": ("retrieval", None),
     "blip2-stage2": ("blip2-opt", "int8"),
     "minigpt4-projection": ("minigpt4", "nf4"),
+    "llava-stage1": ("llava", "nf4"),
     "llava-stage2": ("llava", "nf4"),
     "mplug-owl-lora": ("mplug-owl", None),
 }
@@ -69,6 +71,10 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     status = cli.main(["finetune", *argv])
     out, err = capsys.readouterr()
     return status, out, err
+
+
+def test_there_is_a_case_for_every_stage() -> None:
+    assert set(CASES) == set(STAGES)
 
 
 @pytest.mark.parametrize("stage", CASES)

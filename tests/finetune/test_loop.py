@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_fast.finetune import TrainingInterrupted, TrainingResult, TrainingSettings, read_trained, train
+from mllm_fast.finetune.evaluation import _InOrder
 from mllm_fast.finetune.optimizers import build_schedule, decays
 from mllm_fast.finetune.sampling import RowOrder, batches
 from tests.finetune import runs
@@ -220,6 +223,23 @@ def test_evaluation_keeps_out_of_training(tmp_path: Path) -> None:
     assert result.best == min(entry["evaluation"]["loss"] for entry in numbers)
 
 
+@pytest.mark.parametrize(
+    ("rows", "processes", "expected"),
+    [(7, 1, [[0, 1, 2], [3, 4, 5]]), (2, 1, [[0, 1]]), (14, 2, [[0, 1, 2], [6, 7, 8]]), (5, 2, [[0, 1]])],
+)
+def test_whole_batches_of_held_out_rows(rows: int, processes: int, expected: list[list[int]]) -> None:
+    """Of the first process; those of the others follow, each as large."""
+    told = runs.settings(1, batch_size=3)
+    found = [
+        [[row for _, row in batch] for batch in _InOrder(rows, told, SimpleNamespace(rank=rank, size=processes), whole=True)]  # type: ignore[arg-type]
+        for rank in range(processes)
+    ]  # fmt: skip
+    assert found[0] == expected
+    seen = [row for own in found for batch in own for row in batch]
+    assert sorted(seen) == list(range(len(seen)))
+    assert {len(batch) for own in found for batch in own} == {len(expected[0])}
+
+
 def test_early_stop_keeps_the_best(tmp_path: Path) -> None:
     values = iter([0.2, 0.8, 0.5, 0.7, float("nan")])
     plan = runs.plan()
@@ -267,12 +287,16 @@ def test_history(tmp_path: Path) -> None:
         assert entry["gradient_norm"] > 0
 
 
-def test_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = runs.settings(2)
-    train(runs.plan(), runs.loss, runs.Captions(), runs.collate, settings, tmp_path)
+def test_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    settings = runs.settings(3, evaluate_every=2)
+    held_out = runs.Captions(3, augment=False)
+    plan, data = runs.plan(), runs.Captions()
+    result = train(plan, runs.loss, data, runs.collate, settings, tmp_path, evaluation_dataset=held_out)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "2 steps done" in shown.err
+    assert "3 steps done" in shown.err
+    assert re.search(rf"3/3 .*loss {result.losses[-1]:.4f}  [\d.]+ rows/s  peak [\d.]+ [MG]B  loss \d", shown.err)
 
 
 BAD = [

@@ -15,7 +15,7 @@ import mllm_fast
 from mllm_fast.finetune import HeadHasToBeCalledError, can_skip_logits, language_model_loss
 from mllm_fast.finetune.loss import language_model, output_head
 from tests.families import builders, llava_models, qformers
-from tests.models import helpers
+from tests.models import flamingo_models, helpers
 
 
 def supervised(ids: Tensor, vocabulary: int) -> Tensor:
@@ -31,6 +31,8 @@ def case(name: str) -> tuple[nn.Module, dict[str, Any]]:
     if name in ("blip2-opt", "blip2-t5", "instructblip"):
         system, language = ("instructblip", "opt") if name == "instructblip" else name.split("-")
         return qformers.generator(system, language), qformers.prompt(system)
+    if name == "flamingo-hf":
+        return flamingo_models.flamingo(), flamingo_models.prompts()
     if name == "open_flamingo":
         return builders.of_model(), builders.of_inputs()
     model = helpers.flamingo()
@@ -69,6 +71,32 @@ def test_loss_and_gradients_equal_the_models_own(name: str) -> None:
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     assert not output_head(language_model(model))._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2-t5", "flamingo-hf"])
+def test_options(name: str) -> None:
+    """Another mark for what does not count, smoothing, and sums, with images in the text."""
+    model, batch = prepared(name)
+    if name == "flamingo-hf":
+        batch["labels"][batch["input_ids"] == model.config.image_token_id] = 6  # never predicted, whatever it says
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"} | _decoder_input(model, batch)).logits
+    labels = batch["labels"]
+    if name == "flamingo-hf":
+        labels = model.supervised_labels(labels, batch["input_ids"])
+    if name != "blip2-t5":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    other = {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == -100, -7)}
+    for options in ({}, {"label_smoothing": 0.2}, {"reduction": "sum"}, {"label_smoothing": 0.2, "reduction": "sum"}):
+        expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), **options)
+        torch.testing.assert_close(language_model_loss(model, other, ignore_index=-7, **options), expected)
+
+
+def _decoder_input(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    lm = getattr(model, "language_model", None)
+    if lm is None or not lm.config.is_encoder_decoder:
+        return {}
+    return {"decoder_input_ids": lm.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
 
 
 def test_the_head_sees_no_rows() -> None:

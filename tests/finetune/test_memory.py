@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mllm_fast
-from mllm_fast.finetune import BatchShape, Lora, language_model_loss, prepare_finetuning
+from mllm_fast.finetune import BatchShape, Lora, language_model_loss, prepare_finetuning, published
+from mllm_fast.finetune.memory import decoder_layer_bytes
+from mllm_fast.finetune.stages import prepare_stage
 from mllm_fast.models import Flamingo, FlamingoConfig
 from tests.families.builders import of_inputs, of_model, randomise
+from tests.finetune import systems
 from tests.finetune.every_system import SYSTEMS, built
 from tests.finetune.saved import Saved, saving
 from tests.quantization import systems as quantizable
@@ -158,6 +161,51 @@ def test_lora(targets: tuple[str, ...], train: str, kind: str | None, dtype: tor
     close(total(plan), saved.total)
 
 
+# Stages whose parts all have formulas, and the systems that they train.
+STAGES = {"flamingo-bridge": "flamingo", "blip2-stage2": "blip2-opt", "minigpt4-projection": "minigpt4",
+          "llava-stage1": "llava", "llava-stage2": "llava", "mplug-owl-lora": "mplug-owl"}  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_first_batch_of_a_stage(stage: str, dtype: torch.dtype) -> None:
+    """Captions of different lengths: the attention of the language models is given a mask."""
+    model, processor = systems.SYSTEMS[STAGES[stage]]()
+    model.to(dtype)
+    if dtype == bf16:
+        mllm_fast.quantize_llm(model, "nf4")
+    samples = systems.samples(3)
+    run = prepare_stage(stage, model=model, processor=processor, data=samples, batch_size=3, steps=1)
+    batch = run.collate(samples)
+    assert not batch["attention_mask"].all()
+    saved = measure(model.train(), run.plan, {}, lambda: run.stage.loss(model, batch)["loss"], known(batch))
+    close(total(run.plan), saved.total, 0.05)
+
+
+def test_stages_without_a_formula() -> None:
+    assert set(published.STAGES) - set(STAGES) == {"blip2-stage1"}
+
+
+@dtypes
+@pytest.mark.parametrize("padded", [False, True])
+def test_grouped_keys_of_a_padded_batch(padded: bool, dtype: torch.dtype) -> None:
+    """With a mask they are repeated for every query head, and the layer keeps the mask."""
+    model, _ = flamingo(3, 40, 1, 9, dtype)
+    assert model.lm.config.num_key_value_heads < model.lm.config.num_attention_heads
+    ids = torch.randint(5, 60, (3, 40))
+    ids[:, 0] = 3
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, -5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "images": torch.randn(3, 1, 2, 9, 3, dtype=dtype), "labels": ids}
+    plan = prepare_finetuning(model, "bridge", batch=BatchShape(3, 40, 1, 39, 9, padded=padded))
+    layers = {str(i): layer for i, layer in enumerate(model.lm.model.layers)}
+    saved = measure(model, plan, layers, lambda: language_model_loss(model, batch), known(batch))
+    estimate = decoder_layer_bytes(120, 64, 64, 32, 160, 4, 0, dtype.itemsize, mask=120 * 40 if padded else 0)
+    # The first layer above the lowest block: its input is the block's own result.
+    close(estimate, saved.bytes["2"], 0.02)
+
+
 @dtypes
 def test_checkpointing(dtype: torch.dtype) -> None:
     """What is kept is the blocks' inputs; the estimate has the largest block on top, which is computed again."""
@@ -189,12 +237,35 @@ def test_what_no_formula_is_for_is_left_open() -> None:
         ("mplug_owl", "bridge", {"bridge"}),
         ("blip", "decoder", {"decoder"}),
         ("blip2_t5", "bridge", {"language model"}),
+        # Gated blocks that are frozen keep something, too, where a gradient passes them.
+        ("open_flamingo", "lora", {"bridge"}),
+        ("flamingo_hf", "embeddings", {"bridge"}),
+        ("idefics", "lora", {"bridge"}),
+        ("mllama", "projection", {"bridge", "language model"}),
     ):
         model, _ = built(name)
-        plan = prepare_finetuning(model, train, batch=BatchShape(2, 9))
+        plan = prepare_finetuning(model, train, batch=BatchShape(2, 9, patches=4))
         assert {part for part, value in parts(plan).items() if value is None} == open_parts, name
         assert "?" in str(plan)
         assert "not known" in str(plan)
+
+
+def test_gated_blocks_below_everything_that_is_trained() -> None:
+    """No gradient passes them; the blocks stand before layers 1 and 3 (Flamingo), and 0 and 2 (IDEFICS)."""
+    for name, path, layer, known in (
+        ("flamingo_hf", "layers.3.self_attn.q_proj", 3, True), ("flamingo_hf", "layers.2.self_attn.q_proj", 2, False),
+        ("idefics", "layers.2.self_attn.q_proj", 2, True), ("idefics", "layers.1.self_attn.q_proj", 1, False),
+    ):  # fmt: skip
+        model, batch = built(name)
+        lora = Lora(r=2, targets=(path,))
+        plan = prepare_finetuning(model, "lora", lora=lora, batch=BatchShape(2, 9, patches=4))
+        assert (parts(plan)["bridge"] == 0) == known, (name, path)
+        layers = model.model.layers if name == "idefics" else model.model.lm.model.layers
+        gated = model.model.gated_cross_attn_layers if name == "idefics" else model.model.blocks
+        with saving(model, {"gated": gated[1], "layer": layers[layer]}) as saved:
+            SYSTEMS[name].loss(model, batch)
+        assert ("gated" in saved.bytes) != known, (name, path)
+        assert "layer" in saved.bytes
 
 
 def test_the_table_with_a_batch() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import mllm_fast
 from mllm_fast.finetune import Lora
+from mllm_fast.finetune.data import Sample
 from mllm_fast.finetune.stages import STAGES, Stage, prepare_stage, run_stage, stage_named
 from tests.finetune import systems
 
@@ -121,6 +122,40 @@ def test_the_table_has_the_shape_of_a_batch() -> None:
     assert run.settings.steps == 6
     assert "bridge" in str(run.plan)
     assert "yes" in str(run.plan)
+
+
+@pytest.mark.parametrize("system", ["blip2-t5", "instructblip-t5"])
+def test_captions_longer_than_what_is_asked(system: str, tmp_path: Path) -> None:
+    """An encoder-decoder's labels are as long as its captions, however short its input is."""
+    model, processor = systems.SYSTEMS[system]()
+    picture = systems.samples(1)[0].images
+    data = [Sample(picture, "what is the picture of the image. " * 3, "") for _ in range(2)]
+    result = run_stage(
+        "blip2-stage2", model=model, processor=processor, data=data, output=tmp_path / "run", batch_size=2, steps=2,
+        learning_rate=1e-3, warmup_steps=0, progress=False,
+    )  # fmt: skip
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_held_out_pairs_that_fill_no_batch(tmp_path: Path) -> None:
+    """Alone in a batch, a pair would have nothing to be told from: the third one is left out."""
+    model, processor = systems.blip2_stage1()
+    data = systems.samples(5)
+    options: dict[str, Any] = {"batch_size": 2, "steps": 1, "progress": False}
+
+    def run(held_out: list[Sample], name: str) -> Any:
+        torch.manual_seed(0)
+        model, processor = systems.blip2_stage1()
+        return run_stage(
+            "blip2-stage1", model=model, processor=processor, data=data[:2], held_out=held_out, output=tmp_path / name,
+            **options,
+        )  # fmt: skip
+
+    three, two = run(data[2:], "three"), run(data[2:4], "two")
+    assert three.best == two.best is not None
+    given: dict[str, Any] = {"model": model, "processor": processor, "data": data[:2], "held_out": data[2:3]}
+    with pytest.raises(ValueError, match=r"has 1 row\(s\); the loss compares the rows of a batch .* at least 2"):
+        run_stage("blip2-stage1", output=tmp_path / "one", **given, **options)
 
 
 def test_samples_of_ones_own(tmp_path: Path) -> None:

@@ -64,6 +64,20 @@ def test_checkpoints_hold_what_was_trained_and_resume(tmp_path: Path) -> None:
         assert torch.equal(value, rest.model.plan.trained[name])
 
 
+def test_8_bit_optimiser_states(tmp_path: Path) -> None:
+    """bitsandbytes' optimiser by Trainer's own name for it; its states are in the checkpoint, too."""
+    whole, expected = trainer(tmp_path / "whole", 4, optim="adamw_bnb_8bit")
+    # A matrix that is large enough for 8 bits.
+    assert max(p.numel() for p in whole.model.plan.trained.values()) >= 4096
+    whole.train()
+    states = [value for state in whole.optimizer.state.values() for value in state.values()]
+    assert torch.uint8 in {value.dtype for value in states if isinstance(value, Tensor)}
+    trainer(tmp_path / "parts", 2, optim="adamw_bnb_8bit")[0].train()
+    rest, found = trainer(tmp_path / "parts", 4, optim="adamw_bnb_8bit")
+    rest.train(resume_from_checkpoint=True)
+    assert found.train == expected.train[2:]
+
+
 def test_an_update_weighs_by_what_is_supervised(tmp_path: Path) -> None:
     """Three passes of 2 rows are one pass of 6, and the frozen parameters stay as they were."""
     frozen = {n: p.detach().clone() for n, p in runs.plan(dropout=0).model.named_parameters() if not p.requires_grad}
