@@ -141,8 +141,10 @@ def linear_residual(
     The second half of a block. Without `norm`: the output projections of Flamingo's gated block (Alayrac et al. 2022,
     figure 4; `GatedCrossAttentionBlock` of open_flamingo, `IdeficsGatedCrossAttentionLayer`, with `gate`) and of every
     other pre-norm block (without). With `norm`: the post-norm edge of a BERT block (`BertSelfOutput`, `BertOutput`, and
-    the Q-Former's). With `residual_norm` the residual is residual_norm(residual): a post-norm that the block before left to
-    its readers, which are the next linear layer (`norm_linear` with `norm`) and this residual.
+    the Q-Former's). On the kernels that norm is a launch of its own, because no program of the GEMM sees a whole row: a
+    post-norm edge takes two launches, one more than the other forms. So it does in training; in inference the drop-ins
+    call this without `norm` and leave the norm to those who read the rows (`mllm_fast/modules/rows.py`). These are the
+    next linear layer (`norm_linear` with `norm`) and the next edge, whose residual is then residual_norm(residual).
 
     Args:
         x: [..., K], floating point, any strides; any number of rows, 0 too.

@@ -72,7 +72,8 @@ def quantized_linear(
         lora: a trained term beside the weight, computed in its own dtype (under autocast in autocast's).
         outliers: "llm_int8" computes as `Linear8bitLt` does in evaluation, with the bits that it gives: x is rounded to
             int8 but for the columns where an entry reaches `threshold` (arXiv 2208.07339, section 3). It takes longer,
-            and the gradient is that of the product with the dequantised weight.
+            the host waits for the device to learn how many columns these are, and the gradient is that of the product
+            with the dequantised weight.
         threshold: of the outliers; 0: there are none. For `outliers` only.
         seed: decides which elements of x `lora` drops, together with the backend. None: drawn from torch's default CPU
             generator.

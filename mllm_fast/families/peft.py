@@ -26,8 +26,8 @@ def _fused(layer: nn.Module, x: Tensor) -> Tensor | None:
     if not isinstance(base, FusedLinear4bit | FusedLinear8bitLt) or state_of(base) is None or hooked(base):
         return None
     dtype = base.product_dtype(x)
-    # Without a graph the base layer may have a faster way of its own; in another dtype, PEFT computes the term in that of x.
-    if not computes_in(x, dtype) or not (x.is_cuda or needs_graph(x, *layer.parameters())):
+    # On a CPU the base layer may have a faster way without a graph; in another dtype, PEFT computes the term in that of x.
+    if not computes_in(x, dtype) or (x.device.type == "cpu" and not needs_graph(x, *layer.parameters())):
         return None
     lora = read_lora(layer, x)
     if lora is None:

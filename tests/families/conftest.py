@@ -1,13 +1,18 @@
-"""Shared set-up of the drop-in tests: one thread, a fixed seed, and this folder on the import path."""
+"""Shared set-up of the drop-in tests: one thread, a fixed seed, this folder on the import path, and a fake GPU on request."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.families.fake_gpu import FakeGpu
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,3 +25,13 @@ def _deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    from tests.families.fake_gpu import fake_gpu  # here: it changes torch's list of devices for the whole process
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Triton looks at the addresses of fake tensors, which are 0
+        with fake_gpu() as fake:
+            yield fake

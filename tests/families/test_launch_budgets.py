@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,16 +23,8 @@ from tests.families.budgets import (
     idefics_calls,
     text_decoder,
 )
-from tests.families.fake_gpu import FakeGpu, fake_gpu
+from tests.families.fake_gpu import FakeGpu
 from tests.families.launches import Launches, recorded
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Triton looks at the addresses of fake tensors, which are 0
-        with fake_gpu() as fake:
-            yield fake
 
 
 def fused(gpu: FakeGpu, module: nn.Module) -> nn.Module:

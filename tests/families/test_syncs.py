@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,18 +26,10 @@ from tests.families.builders import (
     of_resampler,
     palm,
 )
-from tests.families.fake_gpu import DEVICE, FakeGpu, HostReadError, fake_gpu
+from tests.families.fake_gpu import DEVICE, FakeGpu, HostReadError
 from tests.models import helpers, minigpt4_models, mplug_owl_models
 
 Run = Callable[[FakeGpu, nn.Module], Any]
-
-
-@pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Triton looks at the addresses of fake tensors, which are 0
-        with fake_gpu() as fake:
-            yield fake
 
 
 def ids(gpu: FakeGpu, batch: int, length: int) -> Tensor:
@@ -327,6 +318,23 @@ def test_a_read_is_caught(gpu: FakeGpu, name: str) -> None:
     x = gpu.tensor(torch.zeros(4))
     with gpu.running(), pytest.raises((HostReadError, RuntimeError)):
         READS[name](x)
+
+
+def test_a_read_in_backward_is_caught(gpu: FakeGpu) -> None:
+    """On a device, autograd runs backward in a thread of its own."""
+
+    class Reads(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad[grad > 0].expand(4)
+
+    x = gpu.tensor(torch.zeros(4)).requires_grad_()
+    with gpu.running(grad=True), pytest.raises(HostReadError):
+        Reads.apply(x).sum().backward()
 
 
 def test_what_needs_no_wait_is_let_through(gpu: FakeGpu) -> None:
