@@ -25,17 +25,38 @@ Made from the docstrings by `docs/generate_api.py`; do not edit. Shapes are writ
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a module, and its public names, which may lie in modules below it; without names what the module has."""
+    """A heading, a module, and its public names, which may lie in modules below it; without names what the module has.
+
+    `paths` shows each name with the module below that it lies in.
+    """
 
     title: str
     module: str
     names: tuple[str, ...] = ()
+    paths: bool = False
 
 
 SECTIONS = (
     Section("The package", "mllm_fast"),
     Section("Ops", "mllm_fast.ops"),
     Section("Models of our own", "mllm_fast.models"),
+    Section(
+        "Stages that transformers has no class for",
+        "mllm_fast.models",
+        ("blip2_stage1.Blip2Stage1", "blip_pretraining.BlipPretraining"),
+    ),
+    Section(
+        "Original checkpoints",
+        "mllm_fast.models",
+        (
+            "flamingo_checkpoint.load_original", "flamingo_checkpoint.save_original",
+            "minigpt4_checkpoint.from_original", "minigpt4_checkpoint.load_original", "minigpt4_checkpoint.save_original",
+            "llava_checkpoint.load_llava", "llava_checkpoint.load_projector", "llava_checkpoint.save_projector",
+            "llava_checkpoint.load_lora", "llava_checkpoint.save_lora", "mplug_owl.load_original",
+            "lavis_checkpoint.load_lavis",
+        ),
+        paths=True,
+    ),
     Section(
         "Blocks for new models",
         "mllm_fast.modules",
@@ -49,12 +70,19 @@ SECTIONS = (
     Section("Fine-tuning", "mllm_fast.finetune"),
     Section("Stages of fine-tuning", "mllm_fast.finetune.stages", ("run_stage", "prepare_stage", "StageRun")),
     Section("Data for fine-tuning", "mllm_fast.finetune.data"),
+    Section("Memory of a training step", "mllm_fast.finetune.memory"),
     Section("Vision features on disk", "mllm_fast.finetune.features", ("FeatureCache",)),
     Section("Models with their processors", "mllm_fast.pipeline"),
     Section("Verification", "mllm_fast.verification", ("verify", "VerifyReport", "Compared")),
+    Section(
+        "Errors of loading and quantising",
+        "mllm_fast.quantization",
+        ("ModelNotFoundError", "UnreadableModelError", "NothingToQuantizeError", "UnmatchedNameError"),
+    ),
+    Section("What can be trained", "mllm_fast.families.recipes", ("recipe_of", "Recipe", "MissingPartError")),
     Section("What can be fused", "mllm_fast.families", ("Entry", "CannotFuseError", "find")),
     Section("Backends", "mllm_fast.kernels.runtime", ("explain", "BackendUnavailableError", "UnknownBackendError")),
-)
+)  # fmt: skip
 
 
 def text() -> str:
@@ -92,7 +120,7 @@ def _public(section: Section) -> Iterator[tuple[str, Any]]:
         *below, name = path.split(".")
         value = getattr(importlib.import_module(".".join((section.module, *below))), name)
         if inspect.isclass(value) or inspect.isroutine(value):
-            yield name, value
+            yield path if section.paths else name, value
 
 
 def _names(module_name: str) -> list[str]:

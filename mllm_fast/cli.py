@@ -84,8 +84,15 @@ def _generate(args: argparse.Namespace) -> int:
     from .models.captioner import CONFIG_FILE, generate_captions
 
     if (Path(args.model) / CONFIG_FILE).is_file():
-        if args.cuda_graphs:
-            raise CommandError("a model that the demo made runs on the CPU, and CUDA graphs need a GPU; leave them off")
+        given = {
+            "--num-beams": args.num_beams > 1, "--no-fuse": not args.fuse, "--dtype": args.dtype, "--device": args.device,
+            "--cuda-graphs": args.cuda_graphs,
+        }  # fmt: skip
+        if refused := [name for name, value in given.items() if value]:
+            raise CommandError(
+                f"{args.model} is a model that the demo made, which runs as it is, greedily, on the CPU; leave out "
+                f"{', '.join(refused)}"
+            )
         length = {"max_new_tokens": args.max_new_tokens}
         captions = generate_captions(args.model, args.images, prompt=args.prompt, llm=args.llm, **length)
         for image, caption in zip(args.images, captions, strict=True):
@@ -233,8 +240,14 @@ def _print_audit(rows: Sequence[Row]) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    checkout = Path(__file__).parents[1]
+    if (checkout / "bench" / "registry.py").is_file() and str(checkout) not in sys.path:
+        # The installed command has the folder of commands on its path in place of the checkout.
+        sys.path.insert(0, str(checkout))
     if importlib.util.find_spec("bench") is None or importlib.util.find_spec("bench.registry") is None:
-        raise CommandError("the benchmarks come with the sources and are not installed; run this in a checkout")
+        raise CommandError(
+            "the benchmarks come with the sources and are not installed; run this in a checkout: python -m bench"
+        )
     from bench.__main__ import main as bench
 
     return bench(args.rest, prog="mllm-fast bench")

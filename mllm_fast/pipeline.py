@@ -17,6 +17,7 @@ _PROMPTS: dict[str, Callable[[int, str], str | None]] = {
     "blip": lambda images, prompt: prompt or None,
     "blip-2": lambda images, prompt: prompt,
     "instructblip": lambda images, prompt: prompt,
+    "instructblipvideo": lambda images, prompt: prompt,
     "llava": lambda images, prompt: f"USER: {'<image>' * images}\n{prompt} ASSISTANT:",
     "idefics2": lambda images, prompt: f"User:{'<image>' * images}{prompt}<end_of_utterance>\nAssistant:",
     "mllama": lambda images, prompt: f"{'<|image|>' * images}<|begin_of_text|>{prompt}",
@@ -76,7 +77,7 @@ class Pipeline:
 
         Args:
             images: pictures of any size. A system that reads one image a prompt gets a row for each, another gets one row
-                with all of them.
+                with all of them; for InstructBLIP-Video they are the frames of one video.
             prompt: the question or instruction; None asks for a description.
 
         Raises:
@@ -96,18 +97,23 @@ class Pipeline:
 
     @torch.no_grad()
     def generate(self, images: Sequence[Image.Image], prompt: str | None = None, **kwargs: Any) -> list[str]:
-        """The model's answers: one for each row that `inputs` makes.
+        """The model's answers, without the prompt: one for each row that `inputs` makes.
+
+        An answer ends where the system's answers do, also where that is no token of its own (`stop_strings` of its
+        processor, as in MiniGPT-4).
 
         Args:
             images, prompt: as for `inputs`.
             **kwargs: of the model's `generate` (`max_new_tokens`, `num_beams`, ...).
         """
         inputs = self.inputs(images, prompt)
+        if (stops := getattr(self.processor, "stop_strings", None)) and "stop_strings" not in kwargs:
+            kwargs |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
         ids = self.model.generate(**inputs, **kwargs)
-        ids = getattr(ids, "sequences", ids)
-        given = inputs.get("input_ids")
-        if given is not None and ids.shape[1] >= given.shape[1] and bool((ids[:, : given.shape[1]] == given).all()):
-            ids = ids[:, given.shape[1] :]
+        ids = continuation(getattr(ids, "sequences", ids), inputs.get("input_ids"), self.model.config)
+        if read := getattr(self.processor, "read_answers", None):
+            answers: list[str] = read(ids)
+            return answers
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def _on_device(self, inputs: Any) -> dict[str, Any]:
@@ -116,6 +122,22 @@ class Pipeline:
             name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
             for name, value in dict(inputs).items()
         }
+
+
+def continuation(ids: Tensor, prompt: Tensor | None, config: Any) -> Tensor:
+    """What was generated, without the prompt where `generate` returned that too.
+
+    Args:
+        ids: [B * sequences, L] what `generate` returned.
+        prompt: [B, S] what it was given, if that was tokens.
+        config: of the model. Where its image token is outside the vocabulary, another id stands in the prompt's places.
+    """
+    if prompt is None or ids.shape[1] < prompt.shape[1] or ids.shape[0] % prompt.shape[0]:
+        return ids
+    prompt = prompt.to(ids.device).repeat_interleave(ids.shape[0] // prompt.shape[0], dim=0)
+    places = prompt == getattr(config, "image_token_id", None)
+    whole = bool(((ids[:, : prompt.shape[1]] == prompt) | places).all())
+    return ids[:, prompt.shape[1] :] if whole else ids
 
 
 def load_pipeline(
@@ -138,20 +160,39 @@ def load_pipeline(
         cuda_graphs: replay the encoder side as CUDA graphs (`mllm_fast.fuse`); needs a GPU.
 
     Raises:
-        ValueError: CUDA graphs without a GPU or without the drop-ins.
-        OSError: nothing is found under that name; says what was looked for.
+        ValueError: a GPU that is not there, or CUDA graphs without a GPU or without the drop-ins.
+        OSError: nothing is found under that name, or a model without its processor; says what was looked for.
     """
-    from transformers import AutoProcessor
-
     from .quantization import load
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch finds no GPU here; leave it out, or choose 'cpu'"
+        )
     if dtype is None:
         narrow = torch.device(device).type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtype = torch.bfloat16 if narrow else torch.float32
     model = load(str(name_or_path), llm=llm, fuse=fuse, dtype=dtype, device=device, cuda_graphs=cuda_graphs)
-    return Pipeline(model.eval(), AutoProcessor.from_pretrained(str(name_or_path), trust_remote_code=False))
+    return Pipeline(model.eval(), _load_processor(name_or_path, model.config))
+
+
+def _load_processor(name: str | Path, config: Any) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        if config.model_type == "instructblipvideo":
+            from .frames import FramesProcessor
+
+            return FramesProcessor.from_pretrained(name, config)
+        return AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
+    except OSError as error:
+        reason = (str(error).strip() or type(error).__name__).split(". ")[0]
+        raise OSError(
+            f"{name} holds a model but not its whole processor ({reason}); put the processor's files beside the weights: "
+            "processor.save_pretrained(folder)"
+        ) from error
 
 
 def drawn_image(size: int = 224) -> Image.Image:

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from .families import class_path, state_of
 from .families.language_models import QUANTIZED
 from .fusion import FusedRow, fuse, unfuse
+from .information import library_version
 from .kernels import runtime
 from .modules.frozen_linear import FrozenLinearState
 from .modules.state import FusedState
+from .pipeline import continuation
 from .quantization import adopt
 from .tables import alike, as_text
 
@@ -266,7 +268,7 @@ def _run(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> tuple[dict[s
         return outputs, None
     given = {name: value for name, value in inputs.items() if name != "labels"}
     ids = model.generate(**given, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    return outputs, getattr(ids, "sequences", ids)
+    return outputs, continuation(getattr(ids, "sequences", ids), given.get("input_ids"), getattr(model, "config", None))
 
 
 def _floats(name: str, value: Any) -> list[tuple[str, Tensor]]:
@@ -367,17 +369,11 @@ def _leave_packed_weights_alone(model: nn.Module) -> None:
 
 
 def _versions() -> dict[str, str]:
-    from importlib import metadata
-
     from . import __version__
 
-    found = {"python": platform.python_version(), "mllm-fast": __version__}
-    for name in ("torch", "triton", "transformers", "bitsandbytes"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: library_version(name) for name in ("torch", "triton", "transformers", "bitsandbytes", "peft")}
+    known = {name: version for name, version in found.items() if version is not None}
+    return {"python": platform.python_version(), "mllm-fast": __version__, **known}
 
 
 def _machine() -> dict[str, Any]:

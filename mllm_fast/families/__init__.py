@@ -235,6 +235,7 @@ _ENTRIES = (
         "FusedMllamaCrossAttentionDecoderLayer",
         _BLOCK_OPS,
     ),
+    Entry("transformers.models.mllama.modeling_mllama.MllamaModel", "mllama", "FusedMllamaModel", ()),
     Entry("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes", "FusedLinear4bit", ("quantized_linear",)),
     Entry("bitsandbytes.nn.modules.Linear8bitLt", "bitsandbytes", "FusedLinear8bitLt", ("quantized_linear",)),
     Entry("peft.tuners.lora.bnb.Linear4bit", "peft", "FusedLoraLinear4bit", ("quantized_linear",)),
@@ -254,6 +255,13 @@ _ENTRIES = (
             ("idefics.modeling_idefics.Idefics", "Idefics"),
         )
     ),
+    Entry(
+        "transformers.models.opt.modeling_opt.OPTDecoderLayer",
+        "decoder_layers",
+        "FusedOPTDecoderLayer",
+        ("layer_norm", "quantized_linear"),
+        training=True,
+    ),
 )
 REGISTRY = {entry.upstream: entry for entry in _ENTRIES}
 
@@ -264,7 +272,7 @@ FIXES = {
     "missing_media_locations": "a block without media_locations lets every token see every image",
     "num_return_sequences": "several returned sequences per sample share the sample's images",
     "masked_row_gradients": "eager fp16 gradients of rows that see no image are 0 instead of NaN",
-    "rows_without_image": "Mllama's tokens that see no image attend to nothing instead of to every tile",
+    "rows_without_image": "Mllama's tokens that see no image attend to nothing, and padding tiles are left out",
     "encoder_attention_mask": "BLIP's cross-attention hides the padding that this mask names instead of ignoring it",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import LinearActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.llava.modeling_llava import (
@@ -56,7 +57,9 @@ class FusedLlavaMultiModalProjector(LlavaMultiModalProjector):
 
     @classmethod
     def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        spec = ProjectorSpec(("linear_1", "linear_2"), activation_name(module.act))
+        # None in a LLaVA 1, which has no activation (`models.llava_checkpoint`).
+        activation = None if isinstance(module.act, LinearActivation) else activation_name(module.act)
+        spec = ProjectorSpec(("linear_1", "linear_2"), activation)
         return FusedState(type(module), options, spec, context)
 
     @replayed

@@ -1,12 +1,23 @@
-"""HF Mllama (Llama 3.2 Vision): the gated cross-attention layers of its language model."""
+"""HF Mllama (Llama 3.2 Vision): the gated cross-attention layers of its language model.
+
+An image lies in a fixed number of tiles, of which a small image fills one and padding the others. With the fix
+"rows_without_image" nothing reads padding, so in inference it is neither projected nor cached: of a batch, the tiles are kept
+that some sample fills, the same of every sample. A cached layer remembers which. (A layer that is recomputed in backward
+could not ask again.)
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, MllamaModel
 
 from ..kernels.attention import MediaSubsets
 from ..modules import children
@@ -20,9 +31,66 @@ from ..modules.gated_cross_attention import (
 from ..modules.media_context import MediaContext
 from ..modules.state import FusedState, Options
 from . import CannotFuseError, named_like_upstream
-from ._transformers import activation_name, asked_for, hooked
+from ._transformers import activation_name, asked_for, hooked, model_dropin
 
 children.RMS_NORM_CLASSES.add("MllamaTextRMSNorm")
+
+# What a cached layer remembers, as an attribute of transformers' cache layer: it lives as long as the keys, and is copied
+# with them.
+_KEPT = "_mllm_fast_kept_tiles"
+
+
+class Kept(NamedTuple):
+    """Of `total` tiles those whose keys and values there are: their numbers [K], ascending."""
+
+    tiles: Tensor
+    total: int
+
+
+# The tiles of the images that are being read; None: all are kept.
+_filled: ContextVar[Kept | None] = ContextVar("mllm_fast_mllama_tiles", default=None)
+
+
+@contextlib.contextmanager
+def _keeping(kept: Kept) -> Iterator[None]:
+    token = _filled.set(kept)
+    try:
+        yield
+    finally:
+        _filled.reset(token)
+
+
+@model_dropin
+class FusedMllamaModel(MllamaModel):
+    """Drop-in for `MllamaModel`: with the fix "rows_without_image" it tells its layers which tiles are padding."""
+
+    _mllm_fast: FusedState
+
+    @classmethod
+    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
+        return FusedState(type(module), options, None, context)
+
+    @functools.wraps(MllamaModel.forward, assigned=())
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream. With the fix, it waits once for a GPU to learn which tiles are filled, whenever images come."""
+        kwargs |= dict(zip(_ARGUMENTS, args, strict=False))
+        masks = kwargs.get("aspect_ratio_mask"), kwargs.get("cross_attention_mask")
+        read = kwargs.get("pixel_values") is not None and all(mask is not None for mask in masks)
+        serves = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not read or not serves or not self._mllm_fast.fixes("rows_without_image"):
+            return super().forward(**kwargs)
+        # Those of an image that no token sees yet are filled too; and what a token sees is, whatever the image's mask says.
+        filled = (masks[0] != 0).flatten(1).any(dim=0)
+        # Images that are cached already come first among those that tokens see.
+        filled |= (masks[1] != 0).flatten(2).flatten(0, 1).any(dim=0)[-filled.numel() :]
+        tiles = filled.nonzero().squeeze(1)
+        if tiles.numel() in (0, filled.numel()):
+            return super().forward(**kwargs)
+        with _keeping(Kept(tiles, filled.numel())):
+            return super().forward(**kwargs)
+
+
+_ARGUMENTS = tuple(inspect.signature(MllamaModel.forward).parameters)[1:]
 
 
 @named_like_upstream
@@ -84,6 +152,8 @@ class FusedMllamaCrossAttentionDecoderLayer(MllamaCrossAttentionDecoderLayer):
         every tile, padding included; with the fix "rows_without_image" their attention is 0, as in Meta's own code.
         """
         tokens = self._tokens(cross_attention_states, past_key_values)
+        index, batch = self.cross_attn.layer_idx, hidden_states.shape[0]
+        layer = _cached(past_key_values, index)
         bypassed = (self.cross_attn, self.mlp, self.mlp.act_fn)
         # Without a mask SDPA takes several text rows for causal; a mask that other tools made may differ within a tile.
         odd = cross_attention_mask is None and hidden_states.shape[1] > 1
@@ -93,7 +163,11 @@ class FusedMllamaCrossAttentionDecoderLayer(MllamaCrossAttentionDecoderLayer):
             or any(map(hooked, bypassed))
             or asked_for("output_attentions", self.cross_attn, kwargs)
         ):
-            return super().forward(
+            kept = None if tokens is None else _after(layer, cross_attention_states, tokens, batch, None)
+            if kept is not None and cross_attention_mask is not None:
+                by_tile = cross_attention_mask.unflatten(-1, (kept.total, -1))
+                cross_attention_mask = by_tile.index_select(-2, kept.tiles.to(by_tile.device)).flatten(-2)
+            out = super().forward(
                 hidden_states,
                 cross_attention_states,
                 cross_attention_mask,
@@ -105,8 +179,14 @@ class FusedMllamaCrossAttentionDecoderLayer(MllamaCrossAttentionDecoderLayer):
                 position_embeddings,
                 **kwargs,
             )
+            _remember(_cached(past_key_values, index), kept)
+            return out
         state, spec = self._mllm_fast, self._mllm_fast.spec
-        k, v = self._keys_values(cross_attention_states, past_key_values, hidden_states.shape[0])
+        # A cache of a fixed size has room for all of them.
+        new = None if getattr(layer, "is_compileable", False) else _filled.get()
+        kept = _after(layer, cross_attention_states, tokens, batch, new)
+        k, v = self._keys_values(cross_attention_states, past_key_values, batch, new)
+        _remember(_cached(past_key_values, index), kept)
         rows = None
         if full_text_row_masked_out_mask is not None:
             rows = state.shared.visibility(
@@ -117,8 +197,8 @@ class FusedMllamaCrossAttentionDecoderLayer(MllamaCrossAttentionDecoderLayer):
         if cross_attention_mask is not None:
             visibility = state.shared.visibility(
                 cross_attention_mask,
-                ("tiles", tokens, dropped),
-                lambda: _tiles(cross_attention_mask, tokens, rows if dropped else None),
+                ("tiles", tokens, dropped, None if kept is None else kept.tiles.numel()),
+                lambda: _tiles(cross_attention_mask, tokens, rows if dropped else None, kept),
             )
         hidden_states = gated_attention(
             self,
@@ -140,20 +220,60 @@ class FusedMllamaCrossAttentionDecoderLayer(MllamaCrossAttentionDecoderLayer):
             return None
         return extra.get("tokens")
 
-    def _keys_values(self, states: Tensor | None, cache: Any, batch: int) -> tuple[Tensor, Tensor]:
-        """[B, images * tiles * tokens, kv_heads, head_dim] each, after the key norm."""
+    def _keys_values(
+        self, states: Tensor | None, cache: Any, batch: int, new: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, tiles * tokens, kv_heads, head_dim] each, after the key norm, of all images and the tiles that are kept."""
         index = self.cross_attn.layer_idx
         if states is None:
             return cache.layers[index].keys.transpose(1, 2), cache.layers[index].values.transpose(1, 2)
-        k, v = project_keys_values(self, self._mllm_fast.spec, states.reshape(batch, -1, states.shape[-1]))
+        states = states.unflatten(0, (batch, -1))
+        if new is not None:
+            states = states.index_select(1, new.tiles.to(states.device))
+        k, v = project_keys_values(self, self._mllm_fast.spec, states.flatten(1, 2))
         if cache is None:
             return k, v
         k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), index)
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _tiles(mask: Tensor, tokens: int, rows: Tensor | None) -> MediaSubsets:
+def _tiles(mask: Tensor, tokens: int, rows: Tensor | None, kept: Kept | None) -> MediaSubsets:
     seen = mask[:, 0, :, ::tokens] == 0
     if rows is not None:
         seen = torch.logical_and(seen, rows.unsqueeze(-1))
+    if kept is not None:
+        seen = seen.index_select(-1, kept.tiles.to(seen.device))
     return MediaSubsets.from_mask(seen, tokens)
+
+
+def _cached(cache: Any, index: int) -> Any:
+    """transformers' cache layer; None without a cache, or before it has one."""
+    return cache.layers[index] if cache is not None and index < len(cache.layers) else None
+
+
+def _remembered(layer: Any, tokens: int) -> Kept | None:
+    """Of the keys in a cache layer, which tiles they are; None: all. What was reset or cropped since is not known."""
+    kept: Kept | None = getattr(layer, _KEPT, None)
+    held = layer.get_seq_length() if kept is not None else 0
+    return kept if kept is not None and held == kept.tiles.numel() * tokens else None
+
+
+def _remember(layer: Any, kept: Kept | None) -> None:
+    if layer is not None and (kept is not None or hasattr(layer, _KEPT)):
+        setattr(layer, _KEPT, kept)
+
+
+def _after(layer: Any, states: Tensor | None, tokens: int, batch: int, new: Kept | None) -> Kept | None:
+    """Which tiles the keys are of once those of `states` [batch * tiles, tokens, D] are added; `new`: those of `states`."""
+    before = _remembered(layer, tokens)
+    if states is None or (before is None and new is None):
+        return before
+    if new is None:
+        count = states.shape[0] // batch
+        new = Kept(torch.arange(count, device=states.device), count)
+    if before is None:
+        held = 0 if layer is None else int(layer.get_seq_length()) // tokens
+        if not held:
+            return new
+        before = Kept(torch.arange(held, device=new.tiles.device), held)
+    return Kept(torch.cat((before.tiles, new.tiles + before.total)), before.total + new.total)

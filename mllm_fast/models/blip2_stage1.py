@@ -29,6 +29,7 @@ from ..modules.rows import Parts
 from .contrast import Share, contrast, hard_negatives, similarities
 from .gathering import gathered
 from .packed_text import PackedText, attend_apart, attend_together
+from .stage1_passes import check_pairs, explicit_losses
 from .text_decoder import decode_text
 
 
@@ -69,6 +70,7 @@ class Blip2Stage1(nn.Module):
 
     Args:
         retrieval: holds vision model, Q-Former, embeddings and heads, and is fused in place. The Q-Former needs text input.
+            Unfused, `forward` runs upstream's modules, every pass by itself; the other methods need the drop-ins.
         bos_token_id: [DEC], which stands for the first token of a text that is to be generated.
         eos_token_id: [SEP], which ends one.
         temperature: of the contrast, learned.
@@ -143,14 +145,14 @@ class Blip2Stage1(nn.Module):
                 fewer than two pairs, or a different number in another process.
         """
         self._check_text(input_ids, attention_mask)
+        if state_of(self.retrieval.qformer) is None:
+            features = self._features(pixel_values, features)
+            return explicit_losses(self, input_ids, attention_mask, features, negatives, across_processes)
         # A checkpointed layer makes its weights anew in backward, and must not meet those of the forward pass.
         checkpointed = any(layer.gradient_checkpointing for layer in self.retrieval.qformer.encoder.layer)
         images = self._images(pixel_values, features, None if checkpointed and self.training else Stacks())
         text = PackedText.right_padded(attention_mask)
-        if images.features.shape[0] != text.texts:
-            raise ValueError(
-                f"got {images.features.shape[0]} images and {text.texts} texts; a step needs one text for each image"
-            )
+        check_pairs(images.features, text)
         predicted = text.tokens - text.texts
         share = Share.of(text.texts, input_ids.shape[1], predicted, input_ids.device, across_processes)
         words = self._look_up(input_ids, text, start=True)
@@ -242,17 +244,24 @@ class Blip2Stage1(nn.Module):
         once: bool = False,
     ) -> Images:
         """Features and what is projected of them; `once`: a single query pass is all that will read the images."""
-        if (pixel_values is None) == (features is None):
-            raise ValueError("pass either pixel_values or features, the images' features from encode_images")
-        if features is None:
-            assert pixel_values is not None
-            features = self.encode_images(pixel_values)
-        qformer = self.retrieval.qformer
+        features, qformer = self._features(pixel_values, features), self.retrieval.qformer
+        if state_of(qformer) is None:
+            raise ValueError(
+                "the Q-Former was unfused; only a step's losses are computed without mllm_fast.fuse(model)"
+            )
         layers, features = layers_of(qformer), features.to(qformer.layernorm.weight.dtype)
         queries = self._queries(features.shape[0])
         if once and absorbs(layers, queries, features, queries.shape[1]):
             return Images(features, [None] * len(layers), True, stacks)
         return Images(features, project_images(layers, qformer._mllm_fast, features, stacks), False, stacks)
+
+    def _features(self, pixel_values: Tensor | None, features: Tensor | None) -> Tensor:
+        if (pixel_values is None) == (features is None):
+            raise ValueError("pass either pixel_values or features, the images' features from encode_images")
+        if features is not None:
+            return features
+        assert pixel_values is not None
+        return self.encode_images(pixel_values)
 
     def _embed(self, x: Tensor) -> Tensor | Parts:
         qformer = self.retrieval.qformer

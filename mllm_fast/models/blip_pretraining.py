@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipConfig
-from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip import BlipForConditionalGeneration, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
 from ..fusion import fuse
@@ -263,6 +263,19 @@ class BlipPretraining(nn.Module):
         rows = hidden[:, :-1].flatten(0, 1).index_select(0, index)
         labels = ids[:, 1:].flatten().index_select(0, index)
         return F.cross_entropy(self.text_decoder.cls(rows), labels, label_smoothing=self.label_smoothing)
+
+    def captioner(self) -> BlipForConditionalGeneration:
+        """transformers' captioning model of the vision model and the decoder: to `generate`, and to `save_pretrained`.
+
+        Its parameters are these, not copies; its mode is this one's.
+        """
+        config = copy.deepcopy(self.config)
+        config.text_config.bos_token_id = self.bos_token_id
+        with torch.device("meta"):
+            model = BlipForConditionalGeneration(config)
+        model.vision_model, model.text_decoder = self.vision_model, self.text_decoder
+        model.training = self.training
+        return model
 
     def load_original(self, path: str | Path) -> None:
         """Load a checkpoint of the original (`model_base.pth`), all of it or nothing.

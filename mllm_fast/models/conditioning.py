@@ -28,6 +28,7 @@ DECODER_LAYER_PATHS = (
     "transformer.blocks",
     "gpt_neox.layers",
     "model.language_model.layers",
+    "biogpt.layers",
 )
 
 

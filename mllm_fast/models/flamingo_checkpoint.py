@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -80,17 +80,29 @@ def load_original(model: nn.Module, path: str | Path, *, frozen: bool = False) -
     load_strictly(core, given, str(path), needed=lambda name: name.startswith(_BRIDGE))
 
 
-def save_original(model: nn.Module, path: str | Path) -> Path:
-    """Write the bridge and the input embeddings as OpenFlamingo's released checkpoints have them.
+def save_original(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    layout: Literal["open_flamingo", "otter"] = "open_flamingo",
+    frozen: bool = False,
+) -> Path:
+    """Write the bridge and the input embeddings as OpenFlamingo's released checkpoints have them, or as Otter's.
 
     Args:
         model: as in `load_original`.
         path: the file; safetensors where it ends in `.safetensors`, otherwise as `torch.save` writes it. It is replaced
             if it exists.
+        layout: whose names are written.
+        frozen: in Otter's layout, write the language and vision models too, as its folders hold them.
 
     Raises:
-        ValueError: a model that OpenFlamingo does not have.
+        ValueError: a model that these projects do not have, or frozen models in OpenFlamingo's layout, which has none.
     """
+    if layout not in ("open_flamingo", "otter"):
+        raise ValueError(f"unknown layout {layout!r}; choose 'open_flamingo' or 'otter'")
+    if frozen and layout != "otter":
+        raise ValueError("OpenFlamingo's checkpoints hold no frozen models; pass layout='otter', or frozen=False")
     core, path = _core(model), Path(path)
     base = base_model(core.lm)
     _, layers = decoder(core.lm)
@@ -105,6 +117,10 @@ def save_original(model: nn.Module, path: str | Path) -> Path:
             tensors[_original_name(core, name, prefix)] = value.unsqueeze(1) if "image_emb" in name else value
     for name in _embeddings(base, outputs=False):
         tensors[f"lang_encoder.{name}"] = base.get_parameter(name)
+    if layout == "otter":
+        tensors = {_otter_name(name): value for name, value in tensors.items()}
+    if frozen:
+        tensors |= _frozen(core, base, prefix)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
     def write(file: Path) -> None:
@@ -253,3 +269,26 @@ def _original_name(core: Flamingo, name: str, layers: str) -> str:
         return ".".join(("perceiver", renamed, *rest[1:]))
     layer, role, leaf = rest[1:]
     return f"perceiver.layers.{layer}." + (f"1.{_FFN[role]}.{leaf}" if role in _FFN else f"0.{role}.{leaf}")
+
+
+def _otter_name(name: str) -> str:
+    """One of OpenFlamingo's names in Otter's layout."""
+    name = re.sub(r"^(perceiver\.layers\.\d+)\.0\.", r"\1.", name)
+    name = re.sub(r"^(perceiver\.layers\.\d+)\.1\.", r"\1.feed_forward.", name)
+    return name.replace(".gated_cross_attn_layer.ff.", ".gated_cross_attn_layer.feed_forward.")
+
+
+def _frozen(core: Flamingo, base: nn.Module, layers: str) -> dict[str, Tensor]:
+    """The language and vision models' tensors by Otter's names; `layers` is where the decoder layers are."""
+    if base is not core.lm:
+        raise ValueError(
+            "the language model is wrapped by PEFT; merge_and_unload() it, or leave it out with frozen=False"
+        )
+    within = re.compile(rf"^({re.escape(layers)}\.\d+)\.")
+    tower = getattr(core.vision_encoder, "tower", core.vision_encoder)
+    found = {}
+    for name, value in base.state_dict().items():
+        found["lang_encoder." + within.sub(r"\1.decoder_layer.", name)] = value
+    for name, value in tower.state_dict().items():
+        found["vision_encoder.vision_model." + name.removeprefix("vision_model.")] = value
+    return found

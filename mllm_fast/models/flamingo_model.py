@@ -361,5 +361,6 @@ def _flags(mask: Tensor | None) -> Tensor | None:
 
 
 AutoConfig.register(FlamingoModelConfig.model_type, FlamingoModelConfig, exist_ok=True)
+AutoModel.register(FlamingoModelConfig, FlamingoForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(FlamingoModelConfig, FlamingoForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(FlamingoModelConfig, FlamingoProcessor, exist_ok=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -174,5 +175,6 @@ class MiniGPT4ForConditionalGeneration(ImageRows, PreTrainedModel, GenerationMix
 
 
 AutoConfig.register(MiniGPT4Config.model_type, MiniGPT4Config, exist_ok=True)
+AutoModel.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor, exist_ok=True)

@@ -168,6 +168,7 @@ def _tied(model: nn.Module) -> set[str]:
 AutoConfig.register(MplugOwlConfig.model_type, MplugOwlConfig, exist_ok=True)
 AutoConfig.register(MplugOwlVisionConfig.model_type, MplugOwlVisionConfig, exist_ok=True)
 AutoModel.register(MplugOwlVisionConfig, MplugOwlVisionModel, exist_ok=True)
+AutoModel.register(MplugOwlConfig, MplugOwlForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(MplugOwlConfig, MplugOwlForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(MplugOwlConfig, slow_image_processor_class=MplugOwlImageProcessor, exist_ok=True)
 AutoProcessor.register(MplugOwlConfig, MplugOwlProcessor, exist_ok=True)

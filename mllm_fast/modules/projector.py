@@ -24,11 +24,11 @@ class ProjectorSpec:
 
     Attributes:
         linears: paths of its linear layers, in order.
-        activation: between them, a name of `ops.norm_linear`.
+        activation: between them, a name of `ops.norm_linear`; None: none.
     """
 
     linears: tuple[str, ...]
-    activation: str = "gelu"
+    activation: str | None = "gelu"
 
 
 def project(module: nn.Module, spec: ProjectorSpec, features: Tensor) -> Tensor:

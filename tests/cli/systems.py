@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,16 @@ def instructblip(folder: Path) -> None:
     _qformer("instructblip", InstructBlipProcessor, folder, qformer_tokenizer=tokenizer(60, {}))
 
 
+def instructblipvideo(folder: Path) -> None:
+    """transformers' own processor needs torchvision, so its files are written here as it writes them."""
+    qformers.generator("instructblipvideo").save_pretrained(folder)
+    tokenizer(100, {"<video>": qformers.IMAGE_TOKEN}).save_pretrained(folder)
+    tokenizer(60, {}).save_pretrained(folder / "qformer_tokenizer")
+    frames = {"do_resize": True, "size": SIZE, "video_processor_type": "InstructBlipVideoVideoProcessor"}
+    settings = {"processor_class": "InstructBlipVideoProcessor", "num_query_tokens": qformers.QUERIES}
+    (folder / "processor_config.json").write_text(json.dumps(settings | {"video_processor": frames}))
+
+
 def blip(folder: Path) -> None:
     model = blip_models.model()
     model.save_pretrained(folder)
@@ -144,6 +155,7 @@ SYSTEMS: dict[str, Callable[[Path], None]] = {
     "llava": llava,
     "blip2": blip2,
     "instructblip": instructblip,
+    "instructblipvideo": instructblipvideo,
     "blip": blip,
 }
 if BEFORE_5_20:  # its processor is then loaded with torchvision only, which the tests do not install

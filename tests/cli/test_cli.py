@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 import types
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,29 @@ def test_info_without_an_optional_library(capsys: pytest.CaptureFixture[str], mo
     assert json.loads(capsys.readouterr().out)["versions"]["a-library-nobody-has"] is None
     assert cli.main(["info"]) == 0
     assert "not installed" in capsys.readouterr().out
+
+
+def test_info_names_versions_that_this_was_not_made_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert information.collect_info().unsupported == {}
+    real = information.library_version
+    monkeypatch.setattr(information, "library_version", lambda n: "5.99.0" if n == "transformers" else real(n))
+    monkeypatch.setattr(
+        metadata, "requires", lambda _: ["transformers<5.24,>=5.17", "torch>=2.11", "einops; extra == 'test'"]
+    )
+    monkeypatch.setenv("COLUMNS", "300")
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unsupported"] == {"transformers": ">=5.17,<5.24"}
+    assert cli.main(["info"]) == 0
+    assert "5.99.0 (made for >=5.17,<5.24)" in capsys.readouterr().out
+
+
+def test_a_version_names_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels of torch with CUDA have it in their module alone, and reports of bugs need it."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    assert information.library_version("torch") == "2.13.0+cu130"
+    assert information.library_version("no-such-library") is None
 
 
 def test_info_says_why_a_kernel_does_not_run(
@@ -180,6 +205,9 @@ def test_generate_prints_a_line_per_image(
     ]
     assert cli.main(command) == 0
     assert capsys.readouterr().out == f"{first}: a 4 1.png\n{second}: a 4 2.png\n"
+    for more in (["--num-beams", "2"], ["--no-fuse"], ["--dtype", "float32"], ["--device", "cpu"], ["--cuda-graphs"]):
+        line = _fails(capsys, *command, *more)
+        assert f"greedily, on the CPU; leave out {more[0]}" in line
 
 
 def test_an_error_is_one_line_unless_debugging(
@@ -211,6 +239,22 @@ def test_bench_gets_its_arguments(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "usage: mllm-fast bench" in capsys.readouterr().out
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     assert "run this in a checkout" in _fails(capsys, "bench")
+
+
+def test_bench_runs_from_any_folder(tmp_path: Path) -> None:
+    """The installed command has no checkout on its path, neither the one of the package nor the folder that it is run in."""
+    checkout = str(Path(cli.__file__).parents[1])
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {checkout!r})\n"
+        "import mllm_fast\n"
+        f"sys.path = [path for path in sys.path if path not in ('', {checkout!r})]\n"
+        "from mllm_fast import cli\n"
+        "sys.exit(cli.main(['bench', '--list', 'qformer']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "attention.qformer" in done.stdout
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from mllm_fast import cli
 from mllm_fast.pipeline import drawn_image
 from tests.cli.systems import SYSTEMS
+from tests.docs import test_examples, test_finetune_examples
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -23,6 +24,7 @@ STANDS_FOR = {
     "Salesforce/blip2-opt-2.7b": "blip2",
     "Salesforce/instructblip-vicuna-7b": "instructblip",
     "llava-hf/llava-1.5-7b-hf": "llava",
+    "path/to/instructblip-video": "instructblipvideo",
     "path/to/flamingo": "flamingo",
     "path/to/minigpt4": "minigpt4",
     "path/to/mplug-owl": "mplug_owl",
@@ -35,9 +37,9 @@ def _commands() -> dict[str, list[str]]:
     rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")][2:]
     found = {}
     for row in rows:
-        command = re.search(r"`(mllm-fast [^`]+)`", row[-1])
+        command = re.search(r"`((?:mllm-fast|python) [^`]+)`", row[-1])
         assert command is not None, f"no command in the README's row {row[0]}"
-        found[row[0].strip()] = shlex.split(command[1])[1:]
+        found[row[0].strip()] = shlex.split(command[1])
     return found
 
 
@@ -52,8 +54,14 @@ def test_every_tiny_system_is_in_the_table() -> None:
 @pytest.mark.parametrize("row", COMMANDS)
 def test_it_runs(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    drawn_image(40).save("photo.jpg")
-    words = COMMANDS[row]
+    if COMMANDS[row][0] == "python":
+        script = COMMANDS[row][1]
+        assert (README.parent / script).is_file()
+        assert Path(script).name in {*test_examples.SAID, *test_finetune_examples.EXAMPLES}, "no test runs it"
+        return
+    words = COMMANDS[row][1:]
+    for picture in filter(re.compile(r"\.jpg$").search, words):
+        drawn_image(40).save(picture)
     if words[0] == "demo":
         assert cli.main([*words, "--quick"]) == 0
         return

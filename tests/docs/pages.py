@@ -28,7 +28,11 @@ RUN = (
     ("mllm-fast", "finetune", "--list"),
 )
 # The same for files that the page itself has made.
-RUN_HERE = (("mllm-fast", "finetune", "run.yaml"),)
+RUN_HERE = (
+    ("mllm-fast", "finetune", "run.yaml"),
+    ("mllm-fast", "generate", "finished"),
+    ("mllm-fast", "verify", "flamingo"),
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from mllm_fast.models.llava_checkpoint import save_lora, save_projector
 from mllm_fast.pipeline import drawn_image
 from tests.cli import systems as cli_systems
+from tests.families import llava_models
+from tests.models import (
+    flamingo_models,
+    minigpt4_models,
+    stage1_models,
+    test_blip2_stage1,
+    test_llava_checkpoint,
+    test_mplug_owl_checkpoint,
+)
 from tests.quantization import systems
 
 Namespace = dict[str, Any]
@@ -53,11 +67,41 @@ def _finetuning(folder: Path) -> Namespace:
     return {"model": systems.llava(), "inputs": systems.inputs("llava")}
 
 
+def _checkpoints(folder: Path) -> Namespace:
+    """Files in the layouts of the originals, the parts that go with them, and models to load into."""
+    from mllm_fast.models.flamingo_checkpoint import save_original
+
+    vocabulary = flamingo_models.VOCABULARY
+    heads = {"heads": 8, "head_dim": 4, "resampler_heads": 8, "resampler_head_dim": 4}  # 8, as all released models have
+    flamingo = flamingo_models.flamingo(image_token_id=vocabulary - 1, **heads)
+    save_original(flamingo, folder / "OpenFlamingo" / "checkpoint.pt")
+    minigpt4_models.write_files(folder / "minigpt4", minigpt4_models.original_files(), minigpt4_models.llama())
+    (folder / "minigpt4" / "llm").rename(folder / "minigpt4" / "vicuna")
+    minigpt4_models.tokenizer().save_pretrained(folder / "minigpt4" / "vicuna")
+    (folder / "llava-v1.5-7b").mkdir()
+    state = test_llava_checkpoint.original(llava_models.model(1).state_dict())
+    torch.save(state, folder / "llava-v1.5-7b" / "pytorch_model.bin")
+    save_projector(llava_models.model(2), folder / "llava-stage1")
+    adapted = llava_models.model(2)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj"), adapted)
+    save_lora(adapted, folder / "llava-lora")
+    test_mplug_owl_checkpoint.write(folder / "mplug-owl-llama-7b", test_mplug_owl_checkpoint.original_state())
+    torch.save(test_blip2_stage1.lavis_checkpoint(stage1_models.stage1()[0], True), folder / "blip2_pretrained.pth")
+    return {
+        "language_model": flamingo.model.lm, "vision_model": flamingo.model.vision_encoder.tower,
+        "image_processor": CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False),
+        "tokenizer": cli_systems.tokenizer(vocabulary - 2, {}), "config": minigpt4_models.config(),
+        "llava": llava_models.model(), "stage1": stage1_models.stage1(1)[0],
+    }  # fmt: skip
+
+
 _PAGES: dict[str, Callable[[Path], Namespace]] = {
     "README.md": _readme,
     "docs/fusing.md": _fusing,
     "docs/quantising.md": _quantising,
     "docs/finetuning.md": _finetuning,
+    "docs/checkpoints.md": _checkpoints,
+    "docs/robustness.md": lambda folder: _blip2(),
 }
 
 

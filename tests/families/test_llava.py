@@ -75,10 +75,17 @@ def test_model_precision() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"multimodal_projector_bias": False}, {"projector_hidden_act": "gelu_pytorch_tanh"}], ids=str
+    "options",
+    [
+        {"multimodal_projector_bias": False},
+        {"projector_hidden_act": "gelu_pytorch_tanh"},
+        {"projector_hidden_act": "linear"},
+    ],
+    ids=str,
 )
 def test_other_projectors(options: dict[str, Any]) -> None:
     fused, upstream = twins(model(**options))
+    assert type(fused.model.multi_modal_projector).__qualname__ == "FusedLlavaMultiModalProjector"
     assert_same(results(fused, inputs()), results(upstream, inputs()), 1e-5)
 
 

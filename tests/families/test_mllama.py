@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import DynamicCache, MllamaConfig, MllamaForConditionalGeneration
 
 import mllm_fast
 from tests.families.builders import randomise
-from tests.families.instruments import Results, assert_same, backward_results
+from tests.families.instruments import Results, assert_same, backward_results, recording
 from tests.families.upstream_versions import MLLAMA_STATIC_CACHE
 
 PATCHES = 5  # vision tokens of a tile
@@ -144,6 +144,123 @@ def test_the_image_is_projected_once() -> None:
             type(layers(fused)[0])._keys_values = project
     assert sum(counts) == 2
     assert len(counts) == 10
+
+
+def few_tiles(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Images of one tile and of two; the third and fourth are padding in every sample, and every token sees an image."""
+    given = inputs(dtype, rows_without_image=False)
+    mask = torch.zeros_like(given["cross_attention_mask"])
+    mask[0, :, 0, :1] = 1
+    mask[0, 5:, 1, :2] = 1
+    mask[1, :, 0, :2] = 1
+    shapes = {
+        "aspect_ratio_ids": [[1, 2], [2, 0]],
+        "aspect_ratio_mask": [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 0, 0, 0]]],
+    }
+    return given | {name: torch.tensor(value) for name, value in shapes.items()} | {"cross_attention_mask": mask}
+
+
+FILLED = 4  # of eight tiles a sample: two of each image
+
+
+def cross_caches(cache: Any) -> list[Any]:
+    return [cache.layers[i] for i in (1, 3)]
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_padding_tiles_are_left_out_with_the_fix(how: dict[str, Any]) -> None:
+    """Where every token sees an image, upstream's result does not depend on them either."""
+    upstream = model(3)
+    fixed, quirky = twins(upstream, fixes="rows_without_image")[0], twins(upstream)[0]
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": None, **how}
+    outs = []
+    for net, filled in ((fixed, FILLED), (quirky, 8), (upstream, 8)):
+        torch.manual_seed(0)
+        with recording() as seen:
+            outs.append(net.generate(**few_tiles(), **settings))
+        for layer in cross_caches(outs[-1].past_key_values):
+            assert layer.keys.shape[2] == layer.values.shape[2] == filled * PATCHES
+        rows = 2 * how.get("num_beams", how.get("num_return_sequences", 1))
+        assert (
+            sum(gemm.m == rows * filled * PATCHES and gemm.n == 32 for gemm in seen.gemms) >= 4
+        )  # two layers' keys and values
+    assert outs[0].sequences.tolist() == outs[1].sequences.tolist() == outs[2].sequences.tolist()
+
+
+@pytest.mark.parametrize("cache", [pytest.param("static", marks=MLLAMA_STATIC_CACHE), "given"])
+def test_other_caches_with_the_fix(cache: str) -> None:
+    upstream = model(3)
+    fixed = twins(upstream, fixes="rows_without_image")[0]
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    given = few_tiles()
+    expected = upstream.generate(**given, **settings)
+    if cache == "static":
+        settings["cache_implementation"] = cache
+    else:
+        settings["past_key_values"] = DynamicCache(config=fixed.config)
+    assert torch.equal(fixed.generate(**given, **settings), expected)
+
+
+def test_tokens_without_an_image_and_dropped_tiles() -> None:
+    """The fix with dropped tiles is the fix without dropping them."""
+    given = few_tiles(torch.float64)
+    given["cross_attention_mask"][:, :2] = 0
+    fixed = twins(model().double(), fixes="rows_without_image")[0]
+    every = fixed(**given).logits.detach()  # with gradients all are projected
+    with torch.no_grad():
+        torch.testing.assert_close(fixed(**given).logits, every)
+        # Whatever lies in them, and however little the image's own mask says of what a token sees.
+        changed = given["pixel_values"].clone()
+        assert not torch.equal(fixed(**given | {"pixel_values": changed + 1}).logits, every)
+        given["aspect_ratio_mask"][0, 1] = torch.tensor([1, 0, 0, 0])
+        kept = fixed(**given, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cross_caches(kept)] == [FILLED * PATCHES] * 2
+
+
+def test_training_with_the_fix_recomputes_what_it_computed() -> None:
+    given, found = few_tiles(torch.float64), []
+    for checkpointed in (False, True):
+        net = twins(model().double().train(), fixes="rows_without_image")[0]
+        if checkpointed:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(results(net, given | {"use_cache": False}))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_steps_and_more_images_after_dropped_tiles(fallback: bool) -> None:
+    """Tokens one by one, then a turn with another image, from the cache; upstream's code reads that cache too."""
+    upstream = model(5, "eager").double()
+    fixed = twins(upstream, fixes="rows_without_image")[0]
+    first, second = few_tiles(torch.float64), few_tiles(torch.float64)
+    # A token sees a tile that the image's own mask does not name.
+    second["cross_attention_mask"][1, :, 0, 2] = 1
+    second["cross_attention_mask"] = torch.cat(
+        (first["cross_attention_mask"][:, -1:].expand(-1, 9, -1, -1), second["cross_attention_mask"]), dim=2
+    )
+    logits, tiles = [], []
+    asked = {"output_attentions": True} if fallback else {}
+    for net in (fixed, upstream):
+        with torch.no_grad():
+            out = net(**first, use_cache=True)
+            found, cache = [out.logits], copy.deepcopy(out.past_key_values)
+            for token in (7, 9):
+                seen = first["cross_attention_mask"][:, -1:]
+                ids = torch.full((2, 1), token)
+                out = net(input_ids=ids, cross_attention_mask=seen, past_key_values=cache, use_cache=True, **asked)
+                found.append(out.logits)
+                cache = out.past_key_values
+            turn = {name: value for name, value in second.items() if name != "attention_mask"}
+            out = net(**turn, past_key_values=cache, use_cache=True, **asked)
+            found.append(out.logits)
+            tiles.append({layer.keys.shape[2] // PATCHES for layer in cross_caches(out.past_key_values)})
+            turn = {"input_ids": torch.full((2, 1), 4), "cross_attention_mask": second["cross_attention_mask"][:, -1:]}
+            found.append(net(**turn, past_key_values=out.past_key_values, use_cache=True).logits)
+        logits.append(found)
+    # Upstream's code keeps all of the second turn's.
+    assert tiles == [{FILLED + (8 if fallback else FILLED + 1)}, {16}]
+    for ours, theirs in zip(*logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    BioGptConfig,
     CLIPVisionConfig,
     Dinov2WithRegistersConfig,
     GPT2Config,
@@ -38,6 +39,7 @@ TEXTS: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": lambda: OPTConfig(hidden_size=TEXT, ffn_dim=48, word_embed_proj_dim=16, **_SIZES, **_IDS),
     "gpt_neox": lambda: GPTNeoXConfig(hidden_size=TEXT, intermediate_size=48, **_SIZES, **_IDS),
     "mpt": lambda: MptConfig(d_model=TEXT, n_layers=4, n_heads=4, expansion_ratio=2, **_IDS),
+    "biogpt": lambda: BioGptConfig(hidden_size=TEXT, intermediate_size=48, **_SIZES, **_IDS),
 }
 VISIONS: dict[str, Callable[[], PreTrainedConfig]] = {
     "clip": lambda: CLIPVisionConfig(**_VISION),

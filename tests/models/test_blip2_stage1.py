@@ -12,9 +12,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import mllm_fast
+from mllm_fast.models import stage1_passes
 from mllm_fast.models.blip2_stage1 import Blip2Stage1
 from mllm_fast.models.contrast import hard_negatives
 from mllm_fast.models.lavis_checkpoint import LavisMismatchError, load_lavis
+from mllm_fast.verification import verify
 from tests.families.instruments import Recorder, assert_same, assert_within_twice, recording
 from tests.families.qformers import DIM, FFN, IMAGE, QUERIES, VOCABULARY, retrieval
 from tests.models.stage1_models import (
@@ -40,6 +43,39 @@ def test_losses_and_gradients_equal_the_explicit_passes(train: bool, checkpointe
     if checkpointed:
         model.retrieval.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(results(model, torch.float64, negatives=NEGATIVES), results(reference, torch.float64))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_unfused_it_runs_upstreams_modules(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, upstream = (m.double().train() for m in stage1())
+    expected = results(Reference(upstream, model), torch.float64)
+    fused = results(model, torch.float64, negatives=NEGATIVES)
+    mllm_fast.unfuse(model)
+    model.retrieval.qformer.set_attn_implementation(attention)
+    with recording() as seen:
+        unfused = results(model, torch.float64, negatives=NEGATIVES)
+    assert any(gemm.k == IMAGE and gemm.n == DIM for gemm in seen.gemms)  # nothing is stacked
+    assert_same(unfused, expected)
+    with pytest.raises(ValueError, match=r"unfused; only a step's losses"):
+        model.similarity(**batch())
+    given = batch()
+    with pytest.raises(ValueError, match="got 3 images and 2 texts"):
+        model(given["input_ids"][:2], given["attention_mask"][:2], given["pixel_values"])
+    monkeypatch.setattr(stage1_passes, "processes", lambda: (0, 2))
+    with pytest.raises(ValueError, match="one process's pairs only"):
+        model(**batch())
+    mllm_fast.fuse(model)
+    assert_same(results(model, torch.float64, negatives=NEGATIVES, across_processes=False), fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_verifies(dtype: torch.dtype) -> None:
+    model, _ = stage1()
+    given = batch() | {"negatives": NEGATIVES}
+    report = verify(model.to(dtype), given | {"pixel_values": given["pixel_values"].to(dtype)})
+    assert report.passed, report
+    assert {row.name for row in report.outputs} == {"loss", "itc", "itm", "itg"}
+    assert report.fused > LAYERS
 
 
 def test_reentrant_checkpointing_reaches_what_generation_reads_of_contrast() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BlipConfig
+from transformers import BlipConfig, BlipForConditionalGeneration
 
 import mllm_fast
 from mllm_fast.models.blip_pretraining import BlipPretraining
@@ -225,6 +225,31 @@ def test_original_checkpoints(tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "short.pth")
     with pytest.raises(CheckpointMismatchError, match=r"missing: itm_head\.bias"):
         fresh.load_original(tmp_path / "short.pth")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_was_trained_captions(fused: bool, tmp_path: Path) -> None:
+    """The captioning model predicts what the loss of language modelling is of, and goes through transformers' files."""
+    model, data = build(fused=fused).eval(), batch()
+    captioner = model.captioner()
+    with torch.no_grad():
+        ids = data["input_ids"].clone()
+        ids[:, 0] = DEC
+        logits = captioner(data["pixel_values"], ids, data["attention_mask"]).logits[:, :-1]
+        labels = ids[:, 1:].masked_fill(data["attention_mask"][:, 1:] == 0, -100)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+        torch.testing.assert_close(loss, model(**data, negatives=NEGATIVES)["lm"])
+        assert {id(p) for p in captioner.parameters()} <= {id(p) for p in model.parameters()}
+        captions = [captioner.generate(data["pixel_values"], max_new_tokens=4, num_beams=beams) for beams in (1, 3)]
+        captioner.save_pretrained(tmp_path)
+        again, info = BlipForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), info
+        for beams, expected in zip((1, 3), captions, strict=True):
+            assert torch.equal(again.generate(data["pixel_values"], max_new_tokens=4, num_beams=beams), expected)
+    # What is trained further is seen.
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[7] += 1e4
+    assert bool((captioner.generate(data["pixel_values"], max_new_tokens=2)[:, 1:] == 7).all())
 
 
 def test_bad_input() -> None:

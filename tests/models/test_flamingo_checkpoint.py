@@ -179,6 +179,32 @@ def test_saved_as_released(tmp_path: Path) -> None:
             assert torch.equal(other.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_saved_as_otter(tmp_path: Path, frozen: bool) -> None:
+    model, lm, tower = original()
+    ours = loaded(write(tmp_path / "checkpoint.pt", released(model)), lm, tower)
+    expected = otter(model)
+    if not frozen:  # its trainer leaves out what is frozen
+        kept = ("perceiver.", "lang_encoder.model.embed_tokens.")
+        expected = {k: v for k, v in expected.items() if k.startswith(kept) or "gated_cross_attn_layer" in k}
+    saved = load_file(save_original(ours, tmp_path / "saved.safetensors", layout="otter", frozen=frozen))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())
+    changed = copy.deepcopy(ours)
+    with torch.no_grad():
+        for p in changed.parameters():
+            p.mul_(1.1)
+    load_original(changed, tmp_path / "saved.safetensors", frozen=frozen)
+    inputs, pixels = of_inputs(), of_inputs()["vision_x"].double()
+    logits = [net(inputs["lang_x"], pixels).logits for net in (changed, ours)]
+    assert torch.allclose(*logits) is frozen
+    with pytest.raises(ValueError, match="hold no frozen models"):
+        save_original(ours, tmp_path / "no.pt", frozen=True)
+    with pytest.raises(ValueError, match="unknown layout 'flamingo'"):
+        save_original(ours, tmp_path / "no.pt", layout="flamingo")  # type: ignore[arg-type]
+    assert not (tmp_path / "no.pt").exists()
+
+
 def test_frames_are_saved_too(tmp_path: Path) -> None:
     model, lm, tower = original()
     options = {"dim": MEDIA_DIM, "max_num_frames": 3, "max_num_media": 2}

@@ -8,13 +8,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mllm_fast
-from mllm_fast.models.llava_checkpoint import load_llava, load_lora, load_projector, save_projector
+from mllm_fast.models.llava_checkpoint import load_llava, load_lora, load_projector, save_lora, save_projector
 from mllm_fast.models.original_checkpoint import CheckpointMismatchError
-from tests.families.llava_models import inputs, model
+from tests.families.builders import randomise
+from tests.families.llava_models import PATCHES, TEXT, VISION, inputs, model
 
 # The original's names, written down from its code (llava_arch.py, clip_encoder.py) and not from ours.
 ORIGINAL = {
@@ -119,6 +120,38 @@ def _plain(peft_model: nn.Module, part: str) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_lora_is_saved_back(tmp_path: Path, wrapped: bool) -> None:
+    """In the original's names, which its own loader puts on the language model alone; and read again."""
+    trained = model(1)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=r".*language_model.*\.(q_proj|down_proj)")
+    adapted = peft.get_peft_model(trained, config) if wrapped else peft.inject_adapter_in_model(config, trained)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "projector" in name:
+                parameter.normal_(std=0.3)
+    folder = save_lora(adapted, tmp_path / "run")
+    files = ("adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin")
+    assert {path.name for path in folder.iterdir()} >= set(files)
+    layers = [f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.down_proj", "self_attn.q_proj")]
+    assert sorted(peft.LoraConfig.from_pretrained(folder).target_modules) == layers
+    assert set(load_file(folder / files[1])) == {f"base_model.model.{n}.lora_{k}.weight" for n in layers for k in "AB"}
+    extra = torch.load(folder / files[2], weights_only=True)
+    names = [f"base_model.model.model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
+    assert sorted(extra) == names
+    fresh = model(1)
+    load_lora(fresh, folder)
+    assert torch.equal(logits(fresh), logits(adapted))
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_lora(fresh, folder)
+    save_lora(fresh, folder, overwrite=True)
+    with pytest.raises(ValueError, match="no adapter 'other'; it has default"):
+        save_lora(fresh, tmp_path / "other", adapter="other")
+    with pytest.raises(ValueError, match="it has none"):
+        save_lora(model(1), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path: Path) -> None:
     fresh = model(2)
     before = copy.deepcopy(fresh.state_dict())
@@ -132,12 +165,67 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path: Path) -> None
     for part in ("missing: lm_head.weight", "unexpected: model.surprise", "linear_1.weight: the checkpoint has (3, 3)"):
         assert part in str(caught.value)
     torch.save({"model.mm_projector.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
-    with pytest.raises(CheckpointMismatchError, match=r"unexpected: model\.mm_projector\.weight"):
+    with pytest.raises(CheckpointMismatchError, match=r"kind 'linear', .* projector_hidden_act='linear'"):
         load_projector(fresh, tmp_path)
     torch.save({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
     with pytest.raises(CheckpointMismatchError, match="holds no projector"):
         load_projector(fresh, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_llava_1_with_one_projector_layer(tmp_path: Path, fused: bool) -> None:
+    """Whole, the projector alone, and with LoRA: its rows are bitwise those of the one layer."""
+    llava = model(1, projector_hidden_act="linear")
+    layer = randomise(nn.Linear(VISION, TEXT), 5).to(torch.bfloat16)
+    own = {f"model.mm_projector.{name}": value for name, value in layer.state_dict().items()}
+    state = {name: value for name, value in original(llava.state_dict()).items() if "mm_projector" not in name}
+    torch.save(state | own, tmp_path / "pytorch_model.bin")
+    torch.save(own, tmp_path / "mm_projector.bin")
+    features = torch.randn(2, PATCHES, VISION, dtype=torch.bfloat16)
+    for load, seed in ((load_llava, 2), (load_projector, 1)):
+        fresh = model(seed, projector_hidden_act="linear")
+        if fused:
+            assert not any("projector" in row.path for row in mllm_fast.fuse(fresh).left_alone)
+        load(fresh, tmp_path)
+        projector = copy.deepcopy(fresh).to(torch.bfloat16).model.multi_modal_projector
+        with torch.no_grad():
+            assert torch.equal(projector(features), layer(features))
+        assert save_projector(fresh, tmp_path / f"back-{seed}").is_file()
+        back = torch.load(tmp_path / f"back-{seed}" / "mm_projector.bin", weights_only=True)
+        assert {name: value.to(torch.bfloat16).tolist() for name, value in back.items()} == {
+            name: value.tolist() for name, value in own.items()
+        }
+    # Trained further, both of its layers have changed: what is written is still the one layer.
+    randomise(fresh.model.multi_modal_projector, 9)
+    again = model(3, projector_hidden_act="linear")
+    load_projector(again, save_projector(fresh, tmp_path / "trained"))
+    x = torch.randn(3, VISION)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model.multi_modal_projector(x), fresh.model.multi_modal_projector(x))
+    save_projector(model(1), tmp_path / "mlp")
+    with pytest.raises(CheckpointMismatchError, match=r"kind 'mlp2x_gelu', .* projector_hidden_act='gelu'"):
+        load_projector(again, tmp_path / "mlp")
+
+
+def test_lora_of_a_llava_1(tmp_path: Path) -> None:
+    fresh, layer = model(1, projector_hidden_act="linear"), randomise(nn.Linear(VISION, TEXT), 5)
+    rest = {f"base_model.model.model.mm_projector.{name}": value for name, value in layer.state_dict().items()}
+    torch.save(rest, tmp_path / "non_lora_trainables.bin")
+    peft.LoraConfig(r=2, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    name, weight = (
+        "base_model.model.model.layers.0.self_attn.q_proj",
+        fresh.model.language_model.layers[0].self_attn.q_proj,
+    )
+    shapes = {"lora_A": (2, weight.in_features), "lora_B": (weight.out_features, 2)}
+    save_file(
+        {f"{name}.{kind}.weight": torch.randn(shape) for kind, shape in shapes.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    load_lora(fresh, tmp_path)
+    x = torch.randn(3, VISION)
+    with torch.no_grad():
+        assert torch.equal(fresh.model.multi_modal_projector(x), layer(x))
 
 
 def test_missing_files(tmp_path: Path) -> None:

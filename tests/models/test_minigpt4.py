@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import mllm_fast
 from mllm_fast.families import state_of
@@ -213,8 +213,8 @@ def test_save_and_load(tmp_path: Path, has_qformer: bool) -> None:
     fused(model).save_pretrained(tmp_path)
     processor("vicuna" if has_qformer else "llama2").save_pretrained(tmp_path)
     assert sorted(file.suffix for file in tmp_path.iterdir() if "model" in file.name) == [".safetensors"]
-    for load in (MiniGPT4ForConditionalGeneration.from_pretrained, AutoModelForImageTextToText.from_pretrained):
-        again, info = load(tmp_path, output_loading_info=True)
+    for cls in (MiniGPT4ForConditionalGeneration, AutoModelForImageTextToText, AutoModel):
+        again, info = cls.from_pretrained(tmp_path, output_loading_info=True)
         assert type(again) is MiniGPT4ForConditionalGeneration
         assert not any(info.values()), info
         assert torch.equal(again.eval()(**given).logits, expected)

@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPTNeoXConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPTNeoXConfig,
+    LlamaConfig,
+)
 
 import mllm_fast
 from mllm_fast.models.mplug_owl import (
@@ -200,10 +207,8 @@ def test_auto_classes(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     assert type(config) is MplugOwlConfig
     assert config.rows_per_image == QUERIES + 1
-    for model in (
-        AutoModelForImageTextToText.from_pretrained(folder),
-        MplugOwlForConditionalGeneration.from_pretrained(folder),
-    ):
+    for cls in (AutoModelForImageTextToText, AutoModel, MplugOwlForConditionalGeneration):
+        model = cls.from_pretrained(folder)
         assert type(model) is MplugOwlForConditionalGeneration
         assert_holds(model, state)
     assert MplugOwlForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
