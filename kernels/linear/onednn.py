@@ -82,11 +82,12 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b. Saved for backward: x and W."""
+    """x W^T + b. Saved for backward: x where W needs a gradient, W where x does; nothing of a frozen layer's input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         return _gemm(x, weight, bias)
 
     @staticmethod

@@ -24,12 +24,12 @@ class NonFiniteLossError(ArithmeticError):
     """The loss or a gradient was NaN or infinite. Nothing was updated with it.
 
     Attributes:
-        step: updates that were done before.
+        step: updates that were done before; None under `transformers.Trainer`.
         module: path of the first module in which it went wrong; None: in none of them.
-        rows: of the data set, in the batch.
+        rows: of the data set, in the batch; none under `transformers.Trainer`.
     """
 
-    def __init__(self, message: str, step: int, module: str | None, rows: list[int]) -> None:
+    def __init__(self, message: str, step: int | None, module: str | None, rows: list[int]) -> None:
         super().__init__(message)
         self.step, self.module, self.rows = step, module, rows
 
@@ -124,7 +124,7 @@ class _Watch:
 def diagnose(
     module: nn.Module,
     passes: list[Pass],
-    step: int,
+    step: int | None,
     send: Callable[[Any], Any],
     processes: Processes,
     trained: Mapping[str, nn.Parameter],
@@ -136,7 +136,8 @@ def diagnose(
     Args:
         module: model and loss, wrapped as they are trained.
         passes: of the step, of this process.
-        step: updates done before.
+        step: updates done before. None: they and the rows are not known, a backward pass is going on, and it was the loss
+            that was not finite, so that the forward passes are all that is run again.
         send: puts a batch on the device.
         processes: those that train.
         trained: trained parameters by name.
@@ -147,14 +148,18 @@ def diagnose(
     inner = getattr(module, "module", module)
     assert isinstance(inner, LossModule)
     for done in passes:
-        for run in (_forward, _backward):
+        for run in (_forward,) if step is None else (_forward, _backward):
             # After every run, so that all processes run the same: losses may exchange features in forward.
             reports = [r for r in processes.gather(run(module, inner, done, send, processes, trained)) if r is not None]
             if reports:
                 what, name, rows, _ = min(reports, key=lambda report: not report[3])
+                if step is None:
+                    return NonFiniteLossError(f"{what}. Nothing was updated with it", None, name, rows)
                 message = f"step {step + 1}: {what}. Rows of the data set in this batch: {_listed(rows)}. "
                 message += "Nothing was updated with it; the last checkpoint is good"
                 return NonFiniteLossError(message, step, name, rows)
+    if step is None:
+        return NonFiniteLossError("the loss was not finite, and is when the batch runs again", None, None, [])
     rows = [row for done in passes for row in done.rows]
     message = (
         f"step {step + 1}: the loss or its gradient was not finite, and is when the step's batches run again one by "

@@ -142,31 +142,57 @@ class _Sizes:
 
     def bridge(self) -> list[_Block]:
         """Gated blocks, resamplers, Q-Formers and projections that are trained, and gated blocks that are trained through."""
-        blocks = [self._gated(m, spec) for m, spec in self.gated if _trained(m)]
-        blocks += [_Block(m, None) for m in self._trained_through()]
+        through = self._trained_through()
+        blocks = [self._gated(m, spec) for m, spec in self.gated if _trained(m) or id(m) in through]
         blocks += [self._resampler(m, spec) for m, spec in self.resamplers if _trained(m)]
         if any(_trained(m) for m, _ in self.qformer):
             blocks += self._qformers()
+        if self._trained_vision():  # no formula is for what is frozen and passes its gradient on
+            frozen = [m for m, _ in (*self.resamplers, *self.qformer) if not _trained(m)]
+            blocks += [_Block(m, None, again=False) for m in frozen]
         return [*blocks, *self._projections()]
+
+    def _trained_vision(self) -> bool:
+        if self.recipe.vision is None:
+            return False
+        return any(_trained(m) for m in resolve(self.model, self.recipe.vision) if isinstance(m, nn.Module))
 
     def _gated(self, block: nn.Module, spec: GatedCrossAttentionSpec) -> _Block:
         names, media = spec.names, self.media()
-        key = children.resolve(block, names.k if names.kv is None else names.kv)
+        keys = (names.k, names.v) if names.kv is None else (names.kv,)
         query, up = children.resolve(block, names.q), children.resolve(block, names.ffn_up)
-        d, dm, f = query.weight.shape[1], key.weight.shape[1], up.weight.shape[0]
+        d, f = query.weight.shape[1], up.weight.shape[0]
         norm = children.read_norm(children.resolve(block, names.norm))
         goes_in = self.e * self.tokens * d
         if media is None:
             return _Block(block, None, goes_in)
-        rounded = self.rounded(block)
+        q, kv, gate = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, names.ffn_act_gate is not None
+        rms, head_norms = norm is not None and norm.kind == "rms_norm", names.q_norm is not None
+        if not _trained(block):
+            grad = self._gradient_of_media()
+            passed = (names.q, names.out, names.ffn_up, names.ffn_act_gate, names.ffn_down, *(keys if grad else ()))
+            weights = [children.resolve(block, name).weight for name in passed if name is not None]
+            kept = memory.frozen_gated_block_bytes(
+                self.tokens, self.images * media, d, q, kv, f, spec.heads, self.e, kv_heads=spec.kv_heads, rms=rms,
+                head_norms=head_norms, hidden=3 if gate else 1, media=grad,
+                weights=sum(w.numel() for w in weights if w.element_size() > self.e),
+            )  # fmt: skip
+            return _Block(block, kept, goes_in)
+        rounded, dm = self.rounded(block), children.resolve(block, keys[0]).weight.shape[1]
         wide = any(self.stream(m) > self.e and _trained(m) for m, _ in self.resamplers)
         kept = memory.gated_block_bytes(
-            self.tokens, self.images * media, d, dm, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, f,
-            spec.heads, self.e, kv_heads=spec.kv_heads, rms=norm is not None and norm.kind == "rms_norm",
-            head_norms=names.q_norm is not None, hidden=4 if names.ffn_act_gate is not None else _hidden(spec.activation),
-            media_casts=(1 if names.kv is not None else 2) if wide else 0, weights=rounded,
+            self.tokens, self.images * media, d, dm, q, kv, f, spec.heads, self.e, kv_heads=spec.kv_heads, rms=rms,
+            head_norms=head_norms, hidden=4 if gate else _hidden(spec.activation),
+            media_casts=len(keys) if wide else 0, weights=rounded,
         )  # fmt: skip
         return _Block(block, kept, goes_in)
+
+    def _gradient_of_media(self) -> bool:
+        """Whether something is trained that the media of the gated blocks come from."""
+        others = {id(p) for m, _ in self.gated for p in m.parameters()}
+        others |= {id(p) for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in others]
+        return any("lora_" not in name for name, _ in trained)
 
     def _resampler(self, module: nn.Module, spec: PerceiverResamplerSpec) -> _Block:
         patches, latents = self.patches(), children.resolve(module, spec.latents)
@@ -279,15 +305,15 @@ class _Sizes:
         ]
         return root, [m for m in named if _kind(m) is not None]
 
-    def _trained_through(self) -> list[nn.Module]:
-        """Gated blocks that are frozen, and that a gradient passes on its way to what is trained below them."""
+    def _trained_through(self) -> set[int]:
+        """Gated blocks that are frozen, and that a gradient passes on its way to what is trained below them; by id."""
         frozen = [m for m, _ in self.gated if not _trained(m)]
         if not frozen or self.recipe.language_model is None:
-            return []
+            return set()
         root, layers = self._layers()
         first, places = self._first(root, layers), self._places(root, layers)
         beside = self._beside_lora()
-        return [m for m in frozen if first < places[id(m)] or (first == places[id(m)] and beside)]
+        return {id(m) for m in frozen if first < places[id(m)] or (first == places[id(m)] and beside)}
 
     def _beside_lora(self) -> bool:
         """Whether something is trained whose gradient comes through media or embeddings, below every gated block."""

@@ -46,23 +46,24 @@ class BatchShape:
 # The formulas.
 
 
-def decoder_layer_bytes(n: int, h: int, q: int, kv: int, f: int, heads: int, r: int, e: int, *, mask: int = 0) -> int:
-    """A frozen pre-norm decoder layer with a gated MLP, through which is trained.
+def decoder_layer_bytes(
+    n: int, h: int, q: int, kv: int, f: int, heads: int, r: int, e: int, *, hidden: int = 2, mask: int = 0
+) -> int:
+    """A frozen pre-norm decoder layer through which is trained.
 
     e n (2 h + 2 q + 2 kv + 2 f + r) + 4 n heads: the stream before and inside; queries, keys, values and the attention's
     result; gate and up; of each low-rank term x A^T, r channels in all. Without grouped keys q = kv = h, hence
-    e n (6 h + 2 f + r). With a mask torch's attention has no groups: keys and values are repeated, so kv = q, and
-    the layer keeps the mask in the type of its queries.
+    e n (6 h + 2 f + r), and for an MLP without a gate, as OPT has it, e n (6 h + f + r). All layers of a model keep one
+    mask. With a mask and grouped keys a layer on a GPU keeps less: the attention's result is computed again.
 
     Args:
         n: tokens of the batch.
         h, f: widths of the stream and of the MLP.
         q, kv: channels of all query heads and of all key heads.
-        mask: elements of the mask, n times the tokens of a row; 0: there is none.
+        hidden: how often f is kept: 2 with a gate, otherwise 1.
+        mask: elements of the mask, n times the tokens of a row (as a multiple of 8), in one layer of a model; 0 in others.
     """
-    if mask:
-        kv = q
-    return e * (n * (2 * h + 2 * q + 2 * kv + 2 * f + r) + mask) + 4 * n * heads
+    return e * (n * (2 * h + 2 * q + 2 * kv + hidden * f + r) + mask) + 4 * n * heads
 
 
 def plain_decoder_layer_bytes(n: int, h: int, f: int, heads: int, e: int, *, mask: int = 0) -> int:
@@ -98,6 +99,29 @@ def gated_block_bytes(
     if head_norms:
         total += 8 * (n * q + m * kv) + 4 * (n * heads + m * kv_heads)
     return total + e * (media_casts * m * dm + weights)
+
+
+def frozen_gated_block_bytes(
+    n: int, m: int, d: int, q: int, kv: int, f: int, heads: int, e: int, *, kv_heads: int = 0, rms: bool = False,
+    head_norms: bool = False, hidden: int = 1, media: bool = False, weights: int = 0,
+) -> int:  # fmt: skip
+    """A frozen gated cross-attention block, through which is trained.
+
+    e (n (2 d + 2 q + f) + 2 m kv) + 4 n (heads + 4), and where e < 4 the residue e n q: of what `gated_block_bytes` has,
+    the results of the norms, the branches before their gates and what the frozen linear layers read are not kept. An RMS
+    norm keeps its input in fp32, 4 bytes in place of e, and so does the norm over the heads of queries.
+
+    Args:
+        n, m, d, q, kv, f: as in `gated_block_bytes`.
+        hidden: of the network, 1, with a gate 3.
+        media: whether a gradient goes to the media, too; a norm over the heads of keys then keeps its input.
+        weights: elements of frozen weights wider than e that a gradient passes: their rounded copies are kept.
+    """
+    total = n * d * 2 * (4 if rms else e) + 4 * n * (heads + (2 if rms else 4))
+    total += n * q * (2 * e + (e if e < 4 else 0)) + 2 * e * m * kv + e * n * f * hidden
+    if head_norms:
+        total += 4 * n * (q + heads) + (4 * m * (kv + kv_heads) if media else 0)
+    return total + e * weights
 
 
 def resampler_bytes(

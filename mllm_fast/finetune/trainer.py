@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
+from . import randomness
+from .diagnosis import NonFiniteLossError, Pass, diagnose, finite
 from .plan import FinetuningPlan
-from .processes import LossModule
+from .processes import LossModule, Processes
 from .settings import Loss
 
 
@@ -22,17 +26,24 @@ class TrainerModel(nn.Module):
     leave Trainer's `bf16` and `fp16` off. Under torchrun Trainer wraps it by DDP; FSDP by Trainer is not supported: use
     `train` with `parallel="fsdp"`.
 
+    A loss that is NaN or infinite raises `NonFiniteLossError` at the end of its backward pass, in every process: Trainer, which
+    would leave it out of its log, updates nothing with it. (Gradients that are not finite where the loss is are Trainer's
+    `grad_norm` to show.)
+
     Args:
         plan: from `prepare_finetuning`.
         loss: as for `train`.
         counted: weigh the passes of an update, in all processes, by the number of labels that are not -100 (the first
             label of a row, which nothing predicts, left out), as Trainer counts them. The loss has to return
             this number as "count". False: every pass weighs the same.
+        check: look at the loss of every pass. The host waits for it where Trainer waits for the same number in order to log
+            it, unless `TrainingArguments(logging_nan_inf_filter=False)`; several processes send one number round.
     """
 
-    def __init__(self, plan: FinetuningPlan, loss: Loss, *, counted: bool = False) -> None:
+    def __init__(self, plan: FinetuningPlan, loss: Loss, *, counted: bool = False, check: bool = True) -> None:
         super().__init__()
         self.plan = plan
+        self.check = check
         self.module = LossModule(plan.model, loss, plan.autocast)
         # Trainer asks for this: whether it should hand over the number of labels, and leave the division to the model.
         self.accepts_loss_kwargs = counted
@@ -50,12 +61,36 @@ class TrainerModel(nn.Module):
                 "the batch is empty: Trainer drops what forward does not name; set "
                 "TrainingArguments(remove_unused_columns=False)"
             )
+        checked = self.check and self.training and torch.is_grad_enabled()
+        random = randomness.take(next(self.plan.model.parameters()).device) if checked else {}
         loss, count, _ = self.module(batch)
+        if checked and loss.requires_grad:
+            self._check_after_backward(loss, Pass([], batch, random))
         if num_items_in_batch is not None:
             if count is None:
                 raise ValueError('counted=True needs a loss that returns its number of labels as "count"')
             loss = loss * (count / num_items_in_batch)
         return {"loss": loss}
+
+    def _check_after_backward(self, loss: Tensor, done: Pass) -> None:
+        """Have the end of the loss's backward pass raise an error if the loss, of any process, is not finite."""
+        value = loss.detach()
+
+        def check() -> None:
+            processes = Processes(value.device)
+            if not processes.sum((~torch.isfinite(value)).long()).item():
+                return
+            trained = self.plan.trained
+            error = diagnose(self.module, [done], None, lambda batch: batch, processes, trained)
+            if bad := [name for name, parameter in trained.items() if not finite(parameter)]:
+                message = (
+                    f"{error}. {', '.join(bad[:3])} had NaN or infinities already, by a gradient that was not finite"
+                )
+                error = NonFiniteLossError(message, None, error.module, [])
+            raise error
+
+        # Not here: the host would wait for the forward pass before it could start the backward pass.
+        loss.register_hook(lambda gradient: Variable._execution_engine.queue_callback(check))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters, by their names in the model."""

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from mllm_fast.finetune import (
     train,
 )
 from mllm_fast.finetune.sampling import RowOrder
-from tests.finetune import runs
+from mllm_fast.finetune.stages import pair_loss, prepare_stage
+from tests.finetune import runs, systems
 
 SHARDED: list[str] = []
 QUIET = runs.Captions(24, augment=False)
@@ -80,9 +82,10 @@ def fsdp_dense(folder: Path) -> Any:
     return ddp(folder, "fsdp", "dense")
 
 
-def resume(folder: Path, parallel: str = "ddp") -> Any:
+def resume(folder: Path, **changes: Any) -> Any:
     """Stopped by a signal to one of the processes, and resumed, with dropout."""
-    whole = run(folder / "whole", parallel=parallel, dropout=0.3)
+    changes["dropout"] = 0.3
+    whole = run(folder / "whole", **changes)
     passes = [0]
 
     def signalling(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -93,16 +96,50 @@ def resume(folder: Path, parallel: str = "ddp") -> Any:
 
     stopped = None
     try:
-        run(folder / "parts", parallel=parallel, dropout=0.3, loss=signalling)
+        run(folder / "parts", loss=signalling, **changes)
     except TrainingInterrupted as interrupted:
         stopped = interrupted.result.step
-    rest = run(folder / "parts", parallel=parallel, dropout=0.3, resume=True)
+    rest = run(folder / "parts", resume=True, **changes)
     return {"stopped": stopped, "whole": whole.losses, "resumed": rest.losses}
 
 
 def resume_fsdp(folder: Path) -> Any:
     """The same with sharded parameters."""
-    return resume(folder, "fsdp")
+    return resume(folder, parallel="fsdp")
+
+
+def resume_8_bit(folder: Path) -> Any:
+    """The same with states of the optimiser in 8 bits."""
+    return resume(folder, optimizer="adamw8bit")
+
+
+def stage1(folder: Path) -> Any:
+    """One update of BLIP-2's first stage with four pairs, each of which has wrong partners at fixed places."""
+    torch.manual_seed(0)
+    model, processor = systems.blip2_stage1()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    rank, own = (dist.get_rank(), 2) if dist.is_initialized() else (0, 4)
+    found = prepare_stage(
+        "blip2-stage1",
+        model=model,
+        processor=processor,
+        data=systems.samples(5),
+        batch_size=own,
+        steps=1,
+        warmup_steps=0,
+    )
+
+    def loss(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        # Wrong images of the other process, and wrong texts of either.
+        negatives = tuple(
+            torch.tensor(places)[own * rank : own * (rank + 1)] for places in ([2, 3, 0, 1], [3, 0, 1, 2])
+        )
+        return pair_loss(model, {**batch, "negatives": negatives})
+
+    found.stage = replace(found.stage, loss=loss)
+    return found.train(folder, progress=False).history
 
 
 def errors(folder: Path) -> Any:
@@ -123,10 +160,15 @@ def errors(folder: Path) -> Any:
             run(folder / parallel, 1, loss=bad, parallel=parallel)
         except NonFiniteLossError as error:
             found[parallel] = str(error)
+    try:
+        run(folder / "8 bit", 1, parallel="fsdp", optimizer="adamw8bit")
+    except ValueError as error:
+        found["8 bit"] = str(error)
     return found
 
 
-CASES: dict[str, Callable[[Path], Any]] = {f.__name__: f for f in (ddp, fsdp, fsdp_dense, resume, resume_fsdp, errors)}
+_ALL = (ddp, fsdp, fsdp_dense, resume, resume_fsdp, resume_8_bit, stage1, errors)
+CASES: dict[str, Callable[[Path], Any]] = {case.__name__: case for case in _ALL}
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import types
@@ -202,7 +201,6 @@ def test_what_a_source_is(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         open_dataset("no/name")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the library datasets is not installed")
 def test_a_dataset_that_the_library_saved(folder: Path, tmp_path: Path) -> None:
     import datasets
 

@@ -22,7 +22,7 @@ from tests.models import helpers
 
 ROOT = Path(__file__).parents[2]
 TRAINED = ["ddp", "fsdp", "fsdp_dense"]
-RESUMED = ["resume", "resume_fsdp"]
+RESUMED = ["resume", "resume_fsdp", "resume_8_bit"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,24 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(folder: Path, name: str)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_8_bit_states_are_in_the_checkpoint(folder: Path) -> None:
+    state = torch.load(next((folder / "resume_8_bit" / "whole").glob("state-*.pt")), weights_only=True)
+    kinds = {
+        name: {v.dtype for v in own.values() if isinstance(v, torch.Tensor)} for name, own in state["optimizer"].items()
+    }
+    large = {name for name, p in distributed_runs.plan("nf4").trained.items() if p.numel() >= 4096}
+    assert large
+    assert {name for name, found in kinds.items() if torch.uint8 in found} == large
+
+
+def test_the_first_stage_of_blip2_sees_the_pairs_of_all(folder: Path, tmp_path: Path) -> None:
+    first, second = found(folder, "stage1")
+    (own,), (other,), (one,) = first, second, distributed_runs.stage1(tmp_path)
+    for name in ("loss", "itc", "itm", "itg", "gradient_norm"):
+        assert own[name] == other[name] > 0
+        np.testing.assert_allclose(own[name], one[name], rtol=1e-4, err_msg=name)
+
+
 def test_errors_of_one_process_are_those_of_all(folder: Path) -> None:
     first, second = found(folder, "errors")
     assert first == second
@@ -80,6 +98,7 @@ def test_errors_of_one_process_are_those_of_all(folder: Path) -> None:
     rows = [row for _, row in next(iter(distributed_runs.order(rank=1)))]
     for parallel in ("ddp", "fsdp"):
         assert f"Rows of the data set in this batch: {rows[0]}, {rows[1]}." in first[parallel]
+    assert '"adamw8bit" cannot step parameters that FSDP sharded; use parallel="ddp"' in first["8 bit"]
 
 
 def test_what_fsdp_shards(folder: Path) -> None:

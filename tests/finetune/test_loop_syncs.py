@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ from mllm_fast.finetune.loop import _Run
 from mllm_fast.finetune.meter import Meter
 from mllm_fast.finetune.optimizers import build_schedule
 from mllm_fast.finetune.processes import LossModule, Processes
+from mllm_fast.finetune.trainer import TrainerModel
 from tests.families.fake_gpu import HostReadError, fake_gpu
 
 
@@ -63,3 +65,32 @@ def test_one_wait_an_update(function: Any) -> None:
                 run._update(data, Interruption(), Meter(2, 0, False, torch.device("cpu")))
     # Three losses, the part that is logged, the count, the signal, the norm.
     assert reads == ([] if function is reading else [(7,), (7,)])
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_under_trainer_the_loss_is_read_after_the_backward_pass(check: bool) -> None:
+    """Where Trainer waits for it, too; nothing is read between the two passes."""
+    waits: list[str] = []
+
+    def item(tensor: Tensor) -> int:
+        waits.append(where[0])
+        return 0
+
+    with fake_gpu() as gpu:
+        plan: Any = SimpleNamespace(
+            model=gpu.module(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))),
+            autocast=lambda device: contextlib.nullcontext(),
+        )
+        model = TrainerModel(plan, loss, check=check).train()
+        where = ["forward"]
+        with (
+            gpu.running(grad=True),
+            mock.patch.object(FakeTensor, "item", item),
+            mock.patch.object(randomness, "take", return_value={}),
+        ):
+            for _ in range(2):
+                where[0] = "forward"
+                found = model(x=gpu.inputs(torch.ones(2, 4)))["loss"]
+                where[0] = "backward"
+                found.backward()
+    assert waits == ["backward"] * 2 * check

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from mllm_fast.finetune import NonFiniteLossError
 from mllm_fast.finetune.trainer import TrainerModel
 from tests.finetune import runs
 
@@ -100,6 +101,48 @@ def test_evaluation(tmp_path: Path) -> None:
         held_out = runs.Captions(5, augment=False)
         expected = model(**runs.collate([held_out[row] for row in range(5)])).loss
     torch.testing.assert_close(torch.tensor(losses.evaluation[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    """It stops Trainer before an update, also in the second pass of one, and names the module; `check=False` leaves it in."""
+    made, _ = trainer(tmp_path, 4, save_strategy="no")
+    plan, passes = made.model.plan, [0]
+    inner = plan.model.blocks[1]
+    forward = type(inner).forward
+    before: list[dict[str, Tensor]] = []
+
+    class Broken(type(inner)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                passes[0] += 1
+            if passes[0] == 4:
+                before.append({name: p.detach().clone() for name, p in plan.trained.items()})
+            return forward(self, *args, **kwargs) * (1.0 if passes[0] < 4 else float("nan"))
+
+    inner.__class__ = Broken
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss is NaN\. The first module .* is blocks\.1 \(Broken\)"
+    ) as caught:
+        made.train()
+    assert (caught.value.module, caught.value.step, made.state.global_step) == ("blocks.1", None, 1)
+    assert all(torch.equal(value, plan.trained[name]) for name, value in before[0].items())
+    with torch.no_grad():
+        next(iter(plan.trained.values())).fill_(float("inf"))
+    with pytest.raises(NonFiniteLossError, match=f"{plan.names[0]} had NaN or infinities already"):
+        made.train()
+    made.model.check = False
+    made.train()
+    assert made.state.global_step == 4
+
+
+def test_a_loss_that_is_finite_again(tmp_path: Path) -> None:
+    def once(model: nn.Module, batch: Any) -> Any:
+        found = runs.loss(model, batch)
+        return found | {"loss": found["loss"] * (float("inf") if torch.is_grad_enabled() else 1.0)}
+
+    made, _ = trainer(tmp_path, 1, loss=once, save_strategy="no")
+    with pytest.raises(NonFiniteLossError, match="was not finite, and is when the batch runs again"):
+        made.train()
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from mllm_fast.finetune import NonFiniteLossError, leave_processes
 from mllm_fast.finetune.trainer import TrainerModel
 from tests.finetune import runs
 
@@ -38,7 +41,7 @@ class Losses(TrainerCallback):
         self.found += [logs["loss"]] if "loss" in logs else []
 
 
-def run(output: Path, size: int) -> list[float]:
+def run(output: Path, size: int, loss: Any = runs.loss) -> list[float]:
     """Three updates with batches of `size` rows a process; the losses."""
     arguments = TrainingArguments(
         str(output), max_steps=3, per_device_train_batch_size=size, learning_rate=5e-3, lr_scheduler_type="constant",
@@ -48,7 +51,7 @@ def run(output: Path, size: int) -> list[float]:
     losses = Losses()
     plan = runs.plan(dropout=0)
     data = runs.Captions(24, augment=False)
-    model = TrainerModel(plan, runs.loss, counted=True)
+    model = TrainerModel(plan, loss, counted=True)
     InOrder(model, arguments, runs.collate, data, callbacks=[losses]).train()
     return losses.found
 
@@ -62,6 +65,10 @@ def test_two_processes(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "losses.json").read_text())
     expected = run(tmp_path / "one", 4)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
+    # NaN in the second process alone stops both, in the same way.
+    messages = {(tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert "the loss is NaN, but every module's output is finite" in messages.pop()
     weights, alone = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("two", "one"))
     before = runs.plan(dropout=0).trained
     assert weights.keys() == alone.keys() == before.keys()
@@ -77,6 +84,16 @@ def main() -> None:
     found = run(folder / "two", 2)
     if os.environ["RANK"] == "0":
         (folder / "losses.json").write_text(json.dumps(found))
+
+    def bad(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        loss = runs.loss(model, batch)
+        return loss if os.environ["RANK"] == "0" else loss | {"loss": loss["loss"] * float("nan")}
+
+    try:
+        run(folder / "bad", 2, bad)
+    except NonFiniteLossError as error:
+        (folder / f"error-{os.environ['RANK']}.txt").write_text(str(error))
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -67,6 +67,27 @@ def test_second_derivatives_and_frozen_weights() -> None:
 
 
 @pytest.mark.usefixtures("_slow_mkl")
+@pytest.mark.parametrize("trained", ["xwb", "xw", "wb", "xb", "x", "w", "b"])
+def test_keeps_what_its_gradients_need(trained: str) -> None:
+    """The input for the weight's gradient, the weight for the input's: a frozen layer keeps nothing of its input."""
+    given = {name: t.detach().requires_grad_(name in trained) for name, t in zip("xwb", draw(), strict=True)}
+    kept: list[int] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = reference.linear(*given.values())
+    needed = {given[name].data_ptr() for name, other in (("x", "w"), ("w", "x")) if other in trained}
+    assert set(kept) == needed
+    leaves = [given[name] for name in trained]
+    expected = torch.autograd.grad(F.linear(*given.values()).square().sum(), leaves)
+    for mine, theirs in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-3 * theirs.abs().max().item())
+
+
+@pytest.mark.usefixtures("_slow_mkl")
 def test_is_one_gemm_over_all_rows() -> None:
     x, w, b = (t.detach() for t in draw())
     with CountOps() as counted:
