@@ -109,7 +109,8 @@ class _Sizes:
     def __init__(self, model: nn.Module, recipe: Recipe, batch: BatchShape, e: int) -> None:
         self.model, self.recipe, self.batch, self.e = model, recipe, batch, e
         self.tokens, self.images = batch.samples * batch.tokens, batch.samples * batch.images
-        self.mask = self.tokens * batch.tokens if batch.padded else 0
+        # Its rows are aligned, see `modules.decoder_attention`.
+        self.mask = self.tokens * -(-batch.tokens // 8) * 8 if batch.padded else 0
         self.specs = [(m, s.spec) for m in model.modules() if (s := _state(m)) is not None and s.spec is not None]
         self.resamplers = [(m, spec) for m, spec in self.specs if isinstance(spec, PerceiverResamplerSpec)]
         self.gated = [(m, spec) for m, spec in self.specs if isinstance(spec, GatedCrossAttentionSpec)]
@@ -288,6 +289,9 @@ class _Sizes:
             return [_Block(root, None)]
         first = self._first(root, layers)
         blocks = [self._layer(layer, dtype) for layer in layers[first:]]
+        if self.mask and any(state_of(layer) is not None for layer in layers[first:]):
+            # One for all of them.
+            blocks.append(_Block(layers[first], self.e * self.mask, again=False))
         if first < len(layers) or self.gated:
             h = self._width(layers[-1])
             n = self.batch.samples * (self.batch.tokens if self.batch.supervised is None else self.batch.supervised)
@@ -350,19 +354,19 @@ class _Sizes:
         kind, attention, h = _kind(layer), layer.self_attn, self._width(layer)
         lora: list[Any] = list(lora_layers(layer).values())
         r = sum(m.r[name] for m in lora for name in m.active_adapters)
-        rounded = sum(p.numel() for p in layer.parameters() if p.requires_grad and p.element_size() > self.e)
+        rounded = self.e * sum(p.numel() for p in layer.parameters() if p.requires_grad and p.element_size() > self.e)
         goes_in = self.e * self.tokens * h
-        if kind == "opt":
+        computes = {getattr(m, "compute_dtype", None) or dtype for m in layer.modules() if hasattr(m, "compute_dtype")}
+        if kind == "opt" and state_of(layer) is None:
             f, heads = _out(layer.fc1), attention.num_heads
             kept = memory.plain_decoder_layer_bytes(self.tokens, h, f, heads, self.e, mask=self.mask)
             return _Block(layer, None if lora else kept, goes_in)
-        computes = {getattr(m, "compute_dtype", None) or dtype for m in layer.modules() if hasattr(m, "compute_dtype")}
-        if kind != "gated" or state_of(layer) is None or computes - {dtype}:
+        if state_of(layer) is None or computes - {dtype}:
             return _Block(layer, None, goes_in)
-        q, kv, f = (_out(m) for m in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj))
-        heads = q // attention.head_dim
-        kept = memory.decoder_layer_bytes(self.tokens, h, q, kv, f, heads, r, self.e, mask=self.mask)
-        return _Block(layer, kept + self.e * rounded, goes_in)
+        q, kv = (_out(m) for m in (attention.q_proj, attention.k_proj))
+        f, hidden = (_out(layer.fc1), 1) if kind == "opt" else (_out(layer.mlp.gate_proj), 2)
+        kept = memory.decoder_layer_bytes(self.tokens, h, q, kv, f, q // attention.head_dim, r, self.e, hidden=hidden)
+        return _Block(layer, kept + rounded, goes_in)
 
 
 def _state(module: nn.Module) -> FusedState | None:

@@ -1,17 +1,18 @@
-"""Training through a frozen pre-norm decoder layer with rotary positions and a gated MLP, keeping the least for backward.
+"""Training through a frozen pre-norm decoder layer, LLaMA's or OPT's, keeping the least for backward.
 
-Per token of width h, with f the MLP's: the layer's input and the stream between its halves (2 h), rotated queries and
-keys, values and the attention's result (4 h with as many key heads as query heads), gate and up of the MLP (2 f). That
-is what an autograd graph of LLaMA's layer cannot do without unless it computes projections again; everything else is
-computed anew in backward, elementwise: both norms, the MLP's hidden activations, dropout patterns.
+Per token of width h, with f the MLP's: the layer's input and the stream between its halves (2 h), queries and keys,
+turned where positions are rotary, values and the attention's result (4 h with as many key heads as query heads), gate
+and up of a gated MLP (2 f), or what the activation of another one is given (f; a ReLU's result tells it). That is what
+an autograd graph of such a layer cannot do without unless it computes projections again; everything else is computed
+anew in backward, elementwise: both norms, the MLP's hidden activations, dropout patterns.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +20,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
+from ..kernels.norm import Norm
+from ..kernels.norm.reference import dropout
 from ..kernels.quantized_linear import Projection
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin
+Activation = Literal["swiglu", "relu", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenNorm:
-    """An RMS norm whose weight is not trained."""
+    """A norm whose parameters are not trained."""
 
-    weight: Tensor
-    eps: float
+    norm: Norm
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """norm(x) in `dtype`."""
-        return ops.rms_norm(x, self.weight, self.eps).to(dtype)
+        return ops.normalize(x, self.norm).to(dtype)
 
     def again(self, x: Tensor, dtype: torch.dtype, *, gradient: bool) -> tuple[Tensor, Tensor]:
         """x as a leaf, and its norm with the graph to that leaf, where there is to be a gradient."""
@@ -52,6 +55,8 @@ class Call:
         norm: of the input; None: there is none.
         rotation: cos and sin [B or 1, S, D], by which results are turned; how many, counted from the first, says `turned`.
         turned: see `rotation`.
+        activation: of an MLP.
+        dropout_p, seed: of the last projection's result, before a residual is added.
     """
 
     dtype: torch.dtype
@@ -59,6 +64,13 @@ class Call:
     norm: FrozenNorm | None = None
     rotation: Rotation | None = None
     turned: int = 0
+    activation: Activation = "swiglu"
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    def dropped(self, y: Tensor) -> Tensor:
+        """y [M, N] after dropout; what it zeroes is a function of the seed, hence the same in backward."""
+        return dropout(y, self.dropout_p, self.seed)
 
 
 def norm_projections(x: Tensor, call: Call) -> tuple[Tensor, ...]:
@@ -77,7 +89,7 @@ def norm_projections(x: Tensor, call: Call) -> tuple[Tensor, ...]:
 
 
 def projection_residual(x: Tensor, residual: Tensor, call: Call) -> Tensor:
-    """residual + projection(x), in the dtype of `residual` [B, S, N], with the one of `call.projections`.
+    """residual + dropout(projection(x)), in the dtype of `residual` [B, S, N], with the one of `call.projections`.
 
     Saved for backward: nothing; with a low-rank term x [B, S, K] where its first matrix is trained, and what
     `norm_projections` saves of it.
@@ -86,8 +98,10 @@ def projection_residual(x: Tensor, residual: Tensor, call: Call) -> Tensor:
     return y
 
 
-def gated_mlp(x: Tensor, call: Call) -> Tensor:
-    """x + down(silu(gate(norm(x))) * up(norm(x))), with `call.projections` gate, up and down (arXiv 2002.05202, eq. 6).
+def mlp_residual(x: Tensor, call: Call) -> Tensor:
+    """x + dropout(down(act(up(norm(x))))), with `call.projections` up and down and the activation `call.activation`.
+
+    "swiglu" is silu(gate(norm(x))) * up(norm(x)) in its place (arXiv 2002.05202, eq. 6), of projections gate, up, down.
 
     Args:
         x: [B, S, K].
@@ -95,9 +109,10 @@ def gated_mlp(x: Tensor, call: Call) -> Tensor:
     Returns:
         [B, S, K] in the dtype of x.
 
-    Saved for backward: x, gate and up [B, S, f], and what `norm_projections` saves of low-rank terms.
+    Saved for backward: x; gate and up [B, S, f], or up alone, after a ReLU, before another activation; and what
+    `norm_projections` saves of low-rank terms.
     """
-    y: Tensor = _GatedMlp.apply(call, x, *_adapters(call))
+    y: Tensor = _MlpResidual.apply(call, x, *_adapters(call))
     return y
 
 
@@ -184,6 +199,7 @@ class _ProjectionResidual(torch.autograd.Function):
         (projection,) = call.projections
         with _plainly(x.device.type):
             y, down = projection.forward(x.reshape(-1, x.shape[-1]), (a, b))
+            y = call.dropped(y)
         ctx.call, ctx.shape = call, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, down, a, b)
         return _added(residual, y)
@@ -196,52 +212,84 @@ class _ProjectionResidual(torch.autograd.Function):
         x, down, a, b = ctx.saved_tensors
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         with _plainly(grad.device.type):
-            dy = _rows(grad, ctx.call.dtype)
+            dy = ctx.call.dropped(_rows(grad, ctx.call.dtype))
             dx, da, db = projection.backward(dy, rows, (a, b), down, (need_x, need_a, need_b))
         return None, None if dx is None else dx.view(ctx.shape), grad if need_residual else None, da, db
 
 
-class _GatedMlp(torch.autograd.Function):
+class _MlpResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *adapters: Tensor | None) -> Tensor:
         assert call.norm is not None
-        (gate, up, down), (gate_ab, up_ab, down_ab) = call.projections, _pairs(adapters)
+        (*ups, last), (*pairs, last_pair) = call.projections, _pairs(adapters)
         with _plainly(x.device.type):
             rows = call.norm(x, call.dtype).view(-1, x.shape[-1])
-            e, gate_down = gate.forward(rows, gate_ab)
-            g, up_down = up.forward(rows, up_ab)
-            y, down_down = down.forward(F.silu(e).mul_(g), down_ab)
+            found = [up.forward(rows, pair) for up, pair in zip(ups, pairs, strict=True)]
+            kept, downs = [y for y, _ in found], [down for _, down in found]
+            if call.activation == "relu":
+                kept[0].relu_()
+            y, down = last.forward(_hidden(kept, call.activation), last_pair)
+            y = call.dropped(y)
         ctx.call = call
-        ctx.save_for_backward(x, e, g, gate_down, up_down, down_down, *adapters)
+        ctx.save_for_backward(x, *kept, *downs, down, *adapters)
         return _added(x, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call, needs = ctx.call, ctx.needs_input_grad
-        gate, up, down = call.projections
-        x, e, g, gate_down, up_down, down_down, *rest = ctx.saved_tensors
-        gate_ab, up_ab, down_ab = _pairs(rest)
+        *ups, last = call.projections
+        x, *rest = ctx.saved_tensors
+        kept, rest = rest[: len(ups)], rest[len(ups) :]
+        (*downs, down), (*pairs, last_pair) = rest[: len(ups) + 1], _pairs(rest[len(ups) + 1 :])
         with _plainly(x.device.type):
-            need_hidden = any(needs[1:6])
-            hidden = F.silu(e).mul_(g) if needs[6] else None
-            dh, *d_down = down.backward(_rows(grad, call.dtype), hidden, down_ab, down_down, (need_hidden, *needs[6:8]))
-            del hidden
+            hidden = _hidden(kept, call.activation) if needs[-2] else None
+            dy = call.dropped(_rows(grad, call.dtype))
+            dh, *d_last = last.backward(dy, hidden, last_pair, down, (any(needs[1:-2]), *needs[-2:]))
+            del hidden, dy
             if dh is None:
-                return None, grad if needs[1] else None, None, None, None, None, *d_down
-            dg = F.silu(e).mul_(dh)
-            de = dh.mul_(g)
-            torch.ops.aten.silu_backward.grad_input(de, e, grad_input=de)
+                return None, grad if needs[1] else None, *[None] * (2 * len(ups)), *d_last
             leaf, normed = call.norm.again(x, call.dtype, gradient=needs[1])
-            rows = normed.detach().view(-1, x.shape[-1])
-            total, *d_gate = gate.backward(de, rows, gate_ab, gate_down, (needs[1], *needs[2:4]))
-            del de
-            total, *d_up = up.backward(dg, rows, up_ab, up_down, (needs[1], *needs[4:6]), total)
-            del dg
-            dx = None
+            rows, total, d_ups = normed.detach().view(-1, x.shape[-1]), None, []
+            d_hidden = _hidden_backward(dh, kept, call.activation)
+            del dh  # its memory is the first of them, and free once that is used
+            for i, d_up in enumerate(d_hidden):
+                wanted = (needs[1], *needs[2 + 2 * i : 4 + 2 * i])
+                dx, *d_ab = ups[i].backward(d_up, rows, pairs[i], downs[i], wanted, total)
+                total = dx if total is None else total
+                d_ups += d_ab
+                del d_up
             if total is not None:
-                dx = _added(grad, torch.autograd.grad(normed, leaf, total.view(x.shape))[0])
-        return None, dx, *d_gate, *d_up, *d_down
+                total = _added(grad, torch.autograd.grad(normed, leaf, total.view(x.shape))[0])
+        return None, total, *d_ups, *d_last
+
+
+def _hidden(kept: Sequence[Tensor], activation: Activation) -> Tensor:
+    """What an MLP's last projection is given, from what is kept."""
+    if activation == "swiglu":
+        return F.silu(kept[0]).mul_(kept[1])
+    if activation == "relu":
+        return kept[0]
+    return F.gelu(kept[0], approximate=_APPROXIMATE[activation])
+
+
+def _hidden_backward(dh: Tensor, kept: Sequence[Tensor], activation: Activation) -> Iterator[Tensor]:
+    """The gradients of the other projections' results, one after the other; the memory of dh is used."""
+    if activation == "swiglu":
+        gate, up = kept
+        d_up = F.silu(gate).mul_(dh)
+        dh.mul_(up)
+        yield torch.ops.aten.silu_backward.grad_input(dh, gate, grad_input=dh)
+        del dh
+        yield d_up
+    elif activation == "relu":
+        yield torch.ops.aten.threshold_backward.grad_input(dh, kept[0], 0, grad_input=dh)
+    else:
+        approximate = _APPROXIMATE[activation]
+        yield torch.ops.aten.gelu_backward.grad_input(dh, kept[0], approximate=approximate, grad_input=dh)
+
+
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def _rows(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mllm_fast
 from mllm_fast.families import decoder_layers
-from mllm_fast.modules.decoder_layer import gated_mlp
+from mllm_fast.modules.decoder_layer import mlp_residual
 from tests.families.quantized_layers import error
 
 KINDS = ("nf4", "int8", "dense")
@@ -27,16 +27,33 @@ SIZES = {
     "vocab_size": 61,
     "max_position_embeddings": 64,
 }
+SIX = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+OPT_SIZES = {
+    "hidden_size": 64,
+    "ffn_dim": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 64,
+    "dropout": 0.0,
+}
 Results = dict[str, Tensor]
 
 
 @functools.cache
-def pretrained(name: str, kind: str, compute: torch.dtype) -> Any:
-    """A frozen model of a class of transformers, with random norms and biases; bitsandbytes' own layers."""
+def pretrained(name: str, kind: str, compute: torch.dtype, activation: str | None = None) -> Any:
+    """A frozen model of a class of transformers, with random norms and biases; bitsandbytes' own layers.
+
+    `activation`: of an OPT, in place of its own.
+    """
     torch.manual_seed(0)
     heads = {} if name == "Llama" else {"num_key_value_heads": 2}
     extra: dict[str, Any] = {"attention_bias": True, "mlp_bias": True} if name == "Llama" else {}
-    config = getattr(transformers, f"{name}Config")(**SIZES, **heads, **extra, attn_implementation="sdpa")
+    sizes: dict[str, Any] = SIZES | heads | extra
+    if name == "OPT":
+        sizes = OPT_SIZES | ({} if activation is None else {"activation_function": activation})
+    config = getattr(transformers, f"{name}Config")(**sizes, attn_implementation="sdpa")
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,10 +74,11 @@ def adapted(
     *,
     targets: tuple[str, ...] = SEVEN,
     compute: torch.dtype | None = None,
+    activation: str | None = None,
     **options: Any,
 ) -> Any:
     """The model with PEFT's LoRA, B not zero."""
-    model = copy.deepcopy(pretrained(name, kind, compute or dtype))
+    model = copy.deepcopy(pretrained(name, kind, compute or dtype, activation))
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -83,8 +101,8 @@ def fused(model: Any) -> Any:
     return ours
 
 
-def inputs(dtype: torch.dtype = torch.float32, *, padded: bool = True) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
+def inputs(dtype: torch.dtype = torch.float32, *, padded: bool = True, seed: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 7, SIZES["hidden_size"], generator=generator).to(dtype)
     mask = torch.ones(2, 7, dtype=torch.long)
     if padded:
@@ -103,6 +121,11 @@ def results(model: Any, given: dict[str, Tensor], **kwargs: Any) -> Results:
     return found | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def layers_of(model: Any) -> Any:
+    """The decoder layers."""
+    return getattr(model.model, "decoder", model.model).layers
+
+
 def close(ours: Results, theirs: Results, tolerance: float = 5e-6) -> None:
     assert ours.keys() == theirs.keys()
     for name, reference in theirs.items():
@@ -116,7 +139,7 @@ def count_layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def counted(*args: Any) -> Tensor:
         seen.append(args)
-        return gated_mlp(*args)
+        return mlp_residual(*args)
 
-    monkeypatch.setattr(decoder_layers, "gated_mlp", counted)
+    monkeypatch.setattr(decoder_layers, "mlp_residual", counted)
     return seen

@@ -33,6 +33,7 @@ from tests.families.builders import (
 )
 from tests.families.decoders import FlamingoDecoder
 from tests.families.generating import SYSTEMS, System
+from tests.families.upstream_versions import MLLAMA_STATIC_CACHE
 from tests.models import helpers, minigpt4_models, mplug_owl_models
 
 # Of the two language models that each Q-Former is built for, one: what is compiled of them is transformers' own.
@@ -131,7 +132,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] 
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MLLAMA_STATIC_CACHE) if n == "mllama" else n for n in OTHERS])
 def test_other_systems_with_a_static_cache(name: str) -> None:
     build, inputs = OTHERS[name]
     upstream, length = build(), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}

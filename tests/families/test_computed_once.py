@@ -25,6 +25,7 @@ from tests.families.builders import (
     of_resampler,
 )
 from tests.families.instruments import Recorder, recording
+from tests.families.upstream_versions import beams
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -150,7 +151,7 @@ def test_idefics_generation(resampler: bool) -> None:
     )
     expected = recorded(towers).work(MEDIA_DIM) + layers * batch * images * tokens * 2 * TEXT_DIM
     seen.clear()
-    for options in ({"max_new_tokens": 1}, {"max_new_tokens": 7}, {"max_new_tokens": 7, "num_beams": 3}):
+    for options in ({"max_new_tokens": 1}, *({"max_new_tokens": 7, "num_beams": n} for n in beams("idefics"))):
         assert generate(fused, inputs, **options).work(MEDIA_DIM) == expected, options
         assert sum(seen) == batch * images, options
         seen.clear()

@@ -27,6 +27,7 @@ from tests.families.builders import (
     of_model,
 )
 from tests.families.instruments import recording
+from tests.families.upstream_versions import BEFORE_5_20, beams
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 systems = pytest.mark.parametrize("system", ["open_flamingo", "idefics"])
@@ -80,10 +81,10 @@ def test_fusing_only_a_part(system: str, part: str) -> None:
     fused = copy.deepcopy(upstream)
     mllm_fast.fuse(PARTS[system][part](fused))
     torch.testing.assert_close(logits(fused), logits(upstream), atol=1e-4, rtol=1e-4)
-    for beams in (1, 3):
-        assert generated(fused, beams) == generated(upstream, beams)
+    for number in beams(system):
+        assert generated(fused, number) == generated(upstream, number)
     mllm_fast.fuse(fused)  # the rest
-    assert generated(fused) == generated(upstream)
+    assert generated(fused, beams(system)[-1]) == generated(upstream, beams(system)[-1])
 
 
 @pytest.mark.parametrize(("system", "part"), [(s, p) for s, parts in PARTS.items() for p in parts])
@@ -91,8 +92,8 @@ def test_unfusing_only_a_part(system: str, part: str) -> None:
     fused, upstream = twins(build(system))
     mllm_fast.unfuse(PARTS[system][part](fused))
     torch.testing.assert_close(logits(fused), logits(upstream), atol=1e-4, rtol=1e-4)
-    for beams in (1, 3):
-        assert generated(fused, beams) == generated(upstream, beams)
+    for number in beams(system):
+        assert generated(fused, number) == generated(upstream, number)
 
 
 @systems
@@ -106,8 +107,8 @@ def test_a_block_whose_forward_somebody_replaced(system: str) -> None:
     report = mllm_fast.fuse(fused)
     assert any("forward" in row.reason for row in report.left_alone)
     torch.testing.assert_close(logits(fused), logits(upstream), atol=1e-4, rtol=1e-4)
-    for beams in (1, 3):
-        assert generated(fused, beams) == generated(upstream, beams)
+    for number in beams(system):
+        assert generated(fused, number) == generated(upstream, number)
 
 
 @systems
@@ -124,8 +125,8 @@ def test_hooks_and_beams(system: str, where: str) -> None:
             block.get_submodule(path).register_forward_hook(
                 lambda _, __, out: (out[0] * 0.5, *out[1:]) if isinstance(out, tuple) else out * 0.5
             )
-    for beams in (1, 3):
-        assert generated(fused, beams) == generated(upstream, beams)
+    for number in beams(system):
+        assert generated(fused, number) == generated(upstream, number)
 
 
 @systems
@@ -133,8 +134,8 @@ def test_hooks_and_beams(system: str, where: str) -> None:
 def test_generate_at_other_levels(system: str, level: int) -> None:
     fused, upstream = twins(build(system), level=level)
     torch.testing.assert_close(logits(fused), logits(upstream), atol=1e-4, rtol=1e-4)
-    for beams in (1, 3):
-        assert generated(fused, beams) == generated(upstream, beams)
+    for number in beams(system):
+        assert generated(fused, number) == generated(upstream, number)
 
 
 # function transforms: refusing is no harm, a wrong derivative would be
@@ -268,8 +269,9 @@ def test_generate_without_the_patch_that_upstream_needs(kwargs: dict[str, int]) 
     upstream = of_model()
     fused = copy.deepcopy(upstream)
     fused.lang_encoder.__class__ = type("Released", (FlamingoLMMixin, LlamaForCausalLM), {"__module__": __name__})
-    with pytest.raises(TypeError, match="attention_mask"):
-        fused.generate(**of_inputs(), max_new_tokens=4, **kwargs)
+    if not BEFORE_5_20:  # older versions of transformers 5 did not drop it
+        with pytest.raises(TypeError, match="attention_mask"):
+            fused.generate(**of_inputs(), max_new_tokens=4, **kwargs)
     mllm_fast.fuse(fused)
     expected = upstream.generate(**of_inputs(), max_new_tokens=4, **kwargs)
     assert torch.equal(fused.generate(**of_inputs(), max_new_tokens=4, **kwargs), expected)

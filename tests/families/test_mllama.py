@@ -13,7 +13,7 @@ from transformers import DynamicCache, MllamaConfig, MllamaForConditionalGenerat
 import mllm_fast
 from tests.families.builders import randomise
 from tests.families.instruments import Results, assert_same, backward_results, recording
-from tests.families.upstream_versions import MLLAMA_STATIC_CACHE
+from tests.families.upstream_versions import MLLAMA_STATIC_CACHE, MLLAMA_STEPS
 
 PATCHES = 5  # vision tokens of a tile
 
@@ -227,6 +227,7 @@ def test_training_with_the_fix_recomputes_what_it_computed() -> None:
     assert_same(*found)
 
 
+@MLLAMA_STEPS
 @pytest.mark.parametrize("fallback", [False, True])
 def test_steps_and_more_images_after_dropped_tiles(fallback: bool) -> None:
     """Tokens one by one, then a turn with another image, from the cache; upstream's code reads that cache too."""

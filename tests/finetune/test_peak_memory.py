@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Any, str, int]] = {
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "dtype", "share"), [("none", fp32, 0.1), ("none", bf16, 0.1), ("recompute", fp32, 0.15)], ids=str
+    ("checkpointing", "dtype", "share"), [("none", fp32, 0.1), ("none", bf16, 0.1), ("recompute", fp32, 0.17)], ids=str
 )
 @pytest.mark.parametrize("name", CASES)
 def test_a_whole_step(name: str, checkpointing: Any, dtype: torch.dtype, share: float) -> None:
