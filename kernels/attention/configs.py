@@ -1,8 +1,11 @@
 """Launch configurations of the attention kernels: a function of architecture, shape bucket and dtype, never autotuned.
 
-The choices are such that nothing spills and everything fits into shared memory on each architecture (which the audit checks
-by compiling them all). On sm_90 this holds for Triton 3.6 and 3.7, elsewhere for 3.7. Tiles follow the number of rows that
-share keys, because an idle row costs as much as a busy one; below 16 rows tl.dot has no smaller tile.
+The choices are such that nothing spills and everything fits into shared memory on each architecture, for the calls that
+`variants` lists (the audit compiles them). On sm_90 this holds for Triton 3.6 and 3.7, elsewhere for 3.7. Tiles follow the
+number of rows that share keys, because an idle row costs as much as a busy one; below 16 rows tl.dot has no smaller tile.
+
+`burden` is how many of these a call has, for each keeps registers busy: dropout, key lengths, key padding, a causal limit,
+rows that are the mean of all values, a second key source.
 """
 
 from __future__ import annotations
@@ -54,6 +57,20 @@ class Media:
     words: int
 
 
+@functools.cache
+def _pipelines_products() -> bool:
+    """Whether Triton keeps products under way across iterations without many more registers: since 3.7."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
+
+def blocks_of(width: int, itemsize: int) -> tuple[int, int]:
+    """`split_width`; but in fp32 a second block has 32 columns at least: with 16, products take twice the instructions."""
+    first, second = split_width(width)
+    return first, 32 if second == 16 and itemsize == 4 else second
+
+
 def _fit(config: Config, arch: Arch, itemsize: int, media: Media | None) -> Config:
     """With media, a block of keys lies within one image: no wider than that."""
     if arch == "sm_80" or (arch == "sm_90" and itemsize == 4 and config.num_warps == 4):
@@ -64,7 +81,9 @@ def _fit(config: Config, arch: Arch, itemsize: int, media: Media | None) -> Conf
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsize: int, media: Media | None) -> Config:
+def forward_config(
+    arch: Arch, rows: int, tiles_of_128: int, width: int, itemsize: int, media: Media | None, burden: int = 0
+) -> Config:
     """For `attention_rows` forward.
 
     Args:
@@ -74,12 +93,13 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
         width: the head dimension.
         itemsize: bytes of an element.
         media: of the media mask, if there is one.
+        burden: what the call has besides.
     """
-    first, second = split_width(width)
+    first, second = blocks_of(width, itemsize)
     wide = first + second
     if itemsize == 4:
         config = _fp32_config(arch, wide)
-        if arch == "sm_90" and 64 < wide <= 128:
+        if arch != "gfx942" and 64 < wide <= 128:
             # What is loaded ahead waits in shared memory instead of registers; dQ would spill with it.
             config = replace(config, num_stages=2)
         return _fit(config, arch, itemsize, media)
@@ -98,24 +118,29 @@ def forward_config(arch: Arch, rows: int, tiles_of_128: int, width: int, itemsiz
                 stages = 2
             registers = 255 if wide > 128 else None
     elif wide > 128:
-        BM, BN, warps = 64, 32, 8
+        BM, BN, warps = 32 if arch == "sm_80" and burden >= 2 else 64, 32, 8
     elif rows > 64 and tiles_of_128 >= PROCESSORS[arch] and media is None and (wide <= 64 or arch == "sm_90"):
         BM, BN, warps = 128, 64, 8
     else:
         # With media, a tile of more rows sees more images, of which each row sees few.
-        crowded = wide > 96 or (media is not None and (wide > 64 or media.words > 1))
+        many = media is not None and media.words > 1
+        crowded = wide > 96 or many or (media is not None and (wide > 64 or burden >= 4))
         BM, BN, warps = 64, 32 if crowded or arch == "sm_80" or (wide > 64 and arch != "sm_90") else 64, 4
-        if arch == "sm_80":
+        if arch == "sm_90":
+            warps = 8 if many and wide > 96 else 4
+        elif arch == "sm_80" and many:
+            BM, BN, stages = 32, 64 if wide <= 64 else 32, 2
+        elif arch == "sm_80":
             warps = 8 if wide > 64 else 4
-            if warps == 4 and media is not None and media.words > 1:
-                BM, BN, stages = 32, 64, 2
     return _fit(Config(BM, BN, warps, stages, registers), arch, itemsize, media)
 
 
 @functools.lru_cache(maxsize=4096)
-def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, media: Media | None) -> Config:
+def query_gradient_config(
+    arch: Arch, rows: int, width: int, itemsize: int, media: Media | None, burden: int = 0
+) -> Config:
     """For `attention_rows` backward (dQ); arguments as for `forward_config`."""
-    wide = sum(split_width(width))
+    wide = sum(blocks_of(width, itemsize))
     if itemsize == 4:
         return _fit(_fp32_config(arch, wide), arch, itemsize, media)
     stages = 1 if arch == "gfx942" else 2
@@ -123,27 +148,40 @@ def query_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, medi
         BM, BN, warps = 16 if rows <= 16 else 32, 64 if wide <= 64 else 32, 4 if wide <= 128 or arch == "gfx942" else 8
     elif media is not None and media.words > 1:
         BM, BN, warps = 64 if arch == "sm_90" else 32, 32, 4 if wide <= 64 else 8
+        if arch == "sm_90" and burden and media.tokens > 16:
+            BM, stages = (64, 1) if burden == 1 else (32, 2)
     elif arch == "sm_80" and wide <= 64:
         # 64 rows take so many registers that a mask, padding and dropout together spill.
-        BM, BN, warps = 32, 64, 4
+        BM, BN, warps = 32, 64 if burden < 4 else 32, 4
     else:
-        BM, BN, warps = 64, 64 if arch == "sm_90" else 32, 4 if wide <= 64 else 8
+        BM, BN, warps = 64, 64 if arch == "sm_90" and burden < 4 else 32, 4 if wide <= 64 else 8
     return _fit(Config(BM, BN, warps, stages), arch, itemsize, media)
 
 
 @functools.lru_cache(maxsize=4096)
-def key_gradient_config(arch: Arch, rows: int, width: int, itemsize: int, media: Media | None) -> Config:
+def key_gradient_config(
+    arch: Arch, rows: int, width: int, itemsize: int, media: Media | None, burden: int = 0
+) -> Config:
     """For `attention_keys` (dK and dV); `rows` are those of one batch row and key head."""
-    wide = sum(split_width(width))
+    wide = sum(blocks_of(width, itemsize))
     if itemsize == 4:
-        BN = 32 if wide <= 64 and media is None else 16
+        BN = 32 if wide <= 64 and media is None and not (burden and arch == "sm_90") else 16
         return _fit(Config(16, BN, 4 if wide <= 64 else 8, 1), arch, itemsize, media)
     # Two accumulators of [BN, D] stay in registers: with tiles of more rows, it spills.
     if arch == "sm_90" and rows > 16 and wide <= 128 and (wide <= 64 or media is None):
-        # Triton 3.6 needs many registers to keep products under way across iterations. Eight warps share out 128 keys;
-        # with 64, each product would be computed twice.
-        config = Config(32, 64, 4, 1) if wide <= 64 else Config(16, 128, 8, 2 if wide <= 96 else 1)
-        return _fit(config, arch, itemsize, media)
+        # Eight warps share out 128 keys; with 64, each product would be computed twice.
+        config = Config(16, 128, 8, 2 if wide <= 96 else 1)
+        if wide <= 64:
+            # Loading ahead saves a third of the instructions, where registers are left for it and tiles follow. With few
+            # rows and no media, a third resident block is worth more.
+            ahead = _pipelines_products() and burden <= 1 and (rows > 64 or media is not None)
+            laden = burden >= 3 and media is not None and media.tokens > 16
+            config = Config(16 if laden else 32, 64, 4, 2 if ahead else 1)
+        config = _fit(config, arch, itemsize, media)
+        # With fewer keys the assembler spills for one more resident block.
+        return config if config.BN >= 64 else replace(config, registers=255)
+    if arch == "sm_90" and 128 < wide < 256:
+        return _fit(Config(16, 16, 4, 2), arch, itemsize, media)
     stages = 1 if arch == "gfx942" else 2
     few = rows <= 16 or wide > 128 or (wide > 64 and (arch == "sm_80" or media is not None))
     narrow = wide <= (80 if arch == "sm_80" else 64)

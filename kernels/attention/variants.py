@@ -82,14 +82,33 @@ FEATURES = (
     Case("decode, beams", 1, 257, heads=12, key_heads=12, batch=5, key_rows=1, training=False),
     Case("decode, self-attention", 1, 128, heads=12, key_heads=12, prefix=0, padding=True, training=False),
     Case("kv_index", 32, 257, heads=12, key_heads=12, batch=12, key_rows=4, indexed=True),
-)
+    # Much at once: each adds to what has to stay in registers.
+    Case("text, causal", 128, 128, heads=12, key_heads=12, batch=16, key_rows=16, prefix=0, dropout=True),
+    Case("text, blind rows", 64, 64, heads=12, key_heads=12, images=1, media="mean", padding=True, dropout=True),
+    Case("caption, blind rows", 64, 64, heads=12, key_heads=12, images=1, media="mean", padding=True, dropout=True, prefix=0),
+    Case("caption, keys one by one", 128, 128, heads=12, key_heads=12, images=128, media="mean", padding=True, dropout=True,
+         prefix=0),
+    Case("caption, two sources", 32, 32, heads=12, key_heads=12, extra=32, dropout=True, prefix=0),
+    Case("resampler, idefics2, padded", 64, 4900, 96, 16, 4, extra=64, padding=True),
+    Case("abstractor, padded", 65, 257, heads=16, key_heads=16, extra=65, padding=True),
+    Case("gated, 32 latents", 256, 16 * 32, batch=2, key_rows=2, images=16),
+    Case("gated, many images, mean beyond", 256, 70 * 64, batch=2, key_rows=2, images=70, media="mean"),
+    Case("gated, many images, idefics", 256, 70 * 64, 128, 32, 32, 1, 1, images=70, media="subsets"),
+)  # fmt: skip
 # fp16 compiles as bf16 does, to other instructions of the same cost; fp32 has tiles of its own.
 FULL = tuple(
     Case(f"{queries} queries, D {width}", queries, 256, width, heads=16, key_heads=16)
     for width in (64, 128)
     for queries in (16, 32)
 )
-GROUPS = ((BF16, TILES + FEATURES), (FP16, (FEATURES[0], FEATURES[10])), (FP32, (*FULL, FEATURES[3], FEATURES[10])))
+NAMED = {case.label: case for case in FEATURES}
+IN_HALF = ("Q-Former, image", "gated, ranges")
+IN_FULL = ("Q-Former, ITG", "resampler", "abstractor, padded", "ViT, D 72", "gated, ranges", "text, blind rows")
+GROUPS = (
+    (BF16, TILES + FEATURES),
+    (FP16, tuple(NAMED[label] for label in IN_HALF)),
+    (FP32, (*FULL, *(NAMED[label] for label in IN_FULL))),
+)
 
 
 def variants(architecture: Architecture) -> Iterator[Variant]:

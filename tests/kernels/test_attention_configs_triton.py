@@ -61,11 +61,11 @@ def choices(architectures: tuple[Arch, ...], widths: tuple[int, ...], itemsizes:
     """All configurations that the functions of `configs` can choose: for forward, dQ, and dK with dV."""
     found: tuple[dict[Config, None], ...] = ({}, {}, {})
     for arch, width, itemsize, media in itertools.product(architectures, widths, itemsizes, medias):
-        for rows in (1, 16, 17, 32, 33, 64, 65, 4096):
+        for rows, burden in itertools.product((1, 16, 17, 32, 33, 64, 65, 4096), (0, 1, 2, 4, 6)):
             for tiles in (1, 1 << 20):
-                found[0][configs.forward_config(arch, rows, tiles, width, itemsize, media)] = None
-            found[1][configs.query_gradient_config(arch, rows, width, itemsize, media)] = None
-            found[2][configs.key_gradient_config(arch, rows, width, itemsize, media)] = None
+                found[0][configs.forward_config(arch, rows, tiles, width, itemsize, media, burden)] = None
+            found[1][configs.query_gradient_config(arch, rows, width, itemsize, media, burden)] = None
+            found[2][configs.key_gradient_config(arch, rows, width, itemsize, media, burden)] = None
     return [list(configurations) for configurations in found]
 
 
@@ -186,6 +186,48 @@ class TestAllConfigurations:
         self, programs: int, fold: int, tiles: int, images: int, expected: tuple[int, int]
     ) -> None:
         assert configs.parts_for("sm_90", programs, fold, tiles, images) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "keys"),
+    [
+        ("plain", 0, [0]),
+        ("prefix", 3, [3]),
+        ("two sources", 3, [2, 1]),
+        ("beyond", 2, [2]),
+        ("beyond, two sources", 2, [1, 1]),
+    ],
+)
+def test_what_a_call_has_besides_is_counted(
+    kind: str, rows: int, keys: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[int]] = {}
+    for name in ("forward_config", "query_gradient_config", "key_gradient_config"):
+
+        def chosen(*arguments: Any, _name: str = name) -> Config:
+            found.setdefault(_name, []).append(arguments[-1])
+            return Config(16, 16, 4, 1)
+
+        monkeypatch.setattr(configs, name, chosen)
+    leaves = qkv(2, 5, 6)
+    settings: dict[str, Any] = {} if kind == "plain" else {"dropout_p": 0.5, "seed": 1}
+    if kind == "prefix":
+        settings["mask"] = Mask(key_padding=torch.ones(2, 6).bool(), causal=True, prefix=2)
+    if kind == "two sources":
+        settings["mask"] = Mask(key_lengths=torch.tensor([4, 6]))
+    if "beyond" in kind:
+        settings["mask"] = Mask(media=phi(torch.eye(5)[:2].bool(), 3, 2, "mean"))
+    if "two sources" in kind:
+        leaves += random((2, 3, 2, 8), (2, 3, 2, 8))
+    on_triton(moved(leaves, torch.float32), **settings).sum().backward()
+    assert found == {"forward_config": [rows], "query_gradient_config": [rows], "key_gradient_config": keys}
+
+
+@pytest.mark.parametrize(
+    ("width", "itemsize", "blocks"), [(72, 2, (64, 16)), (72, 4, (64, 32)), (96, 4, (64, 32)), (64, 4, (64, 0))]
+)
+def test_blocks_of_a_head(width: int, itemsize: int, blocks: tuple[int, int]) -> None:
+    assert configs.blocks_of(width, itemsize) == blocks
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="counts the steps of the interpreter")
