@@ -258,8 +258,9 @@ def visible_mask(visible: Tensor | None, queries: int, keys: int, *, causal: boo
         blind = blind if bool(blind.any()) else None
     if blind is None:
         return Mask(key_padding=visible, causal=causal)
-    first = blind.long() * keys
-    everything = MediaRanges(first, blind.long() + keys, keys, 1, beyond="mean")
+    # One image of all keys, so that a kernel's blocks of keys are as wide as without it: rows either see it or lie beyond.
+    first = blind.long()
+    everything = MediaRanges(first, first + 1, 1, keys, beyond="mean")
     return Mask(key_padding=visible, causal=causal, media=everything)
 
 

@@ -262,3 +262,33 @@ def test_exactly_the_key_blocks_that_a_tile_sees_are_visited(kind: str, monkeypa
     assert counts["rows"] == blocks
     out.sum().backward()
     assert counts == {"rows": 2 * blocks, "keys": blocks}
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="counts the steps of the interpreter")
+@pytest.mark.parametrize("causal", [False, True])
+def test_padded_text_takes_no_more_steps_than_text_without_padding(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BLIP's rows that see nothing are written as media; that must not narrow the blocks of keys."""
+    from mllm_fast.kernels.attention import triton_rows
+    from mllm_fast.modules.med import visible_mask
+
+    steps = [0]
+    step = triton_rows._step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        steps[-1] += 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(triton_rows, "_step", counted)
+    leaves = moved(qkv(2, 35, 35), torch.float32)
+    visible = torch.ones(2, 35).bool()
+    for hidden in (0, 3):
+        visible[1, :hidden] = False  # padding on the left: causal rows there see nothing
+        with torch.no_grad():
+            on_triton(leaves, mask=visible_mask(visible, 35, 35, causal=causal))
+        steps.append(0)
+    without, with_padding, _ = steps
+    # A row beyond the image reads all keys, which a causal tile otherwise would not.
+    tiles = 2 if causal else 1
+    assert 0 < with_padding <= without * tiles
