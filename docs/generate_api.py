@@ -53,7 +53,7 @@ SECTIONS = (
             "minigpt4_checkpoint.from_original", "minigpt4_checkpoint.load_original", "minigpt4_checkpoint.save_original",
             "llava_checkpoint.load_llava", "llava_checkpoint.load_projector", "llava_checkpoint.save_projector",
             "llava_checkpoint.load_lora", "llava_checkpoint.save_lora", "mplug_owl.load_original",
-            "lavis_checkpoint.load_lavis",
+            "lavis_checkpoint.load_lavis", "lavis_checkpoint.save_lavis", "lavis_checkpoint.LavisReport",
         ),
         paths=True,
     ),

@@ -116,6 +116,7 @@ def _pipeline(args: argparse.Namespace, *, fuse: bool, cuda_graphs: bool = False
     import torch
     from transformers.utils import logging
 
+    from .hub import asking
     from .pipeline import load_pipeline
 
     logging.set_verbosity_error()
@@ -123,7 +124,8 @@ def _pipeline(args: argparse.Namespace, *, fuse: bool, cuda_graphs: bool = False
         logging.disable_progress_bar()
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     options = {"fuse": fuse, "cuda_graphs": cuda_graphs}
-    return load_pipeline(args.model, llm=args.llm, dtype=dtype, device=args.device, **options)
+    with asking(args.model):
+        return load_pipeline(args.model, llm=args.llm, dtype=dtype, device=args.device, **options)
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -54,8 +54,9 @@ def recipe_of(model: nn.Module) -> Recipe:
     """
     base = unwrapped(model)
     for cls in type(base).__mro__:
-        if class_path(cls) in RECIPES:
-            return RECIPES[class_path(cls)]
+        if (path := class_path(cls)) in RECIPES:
+            one_layer = path == _LLAVA and getattr(base.config, "projector_hidden_act", None) == "linear"
+            return _LLAVA_1 if one_layer else RECIPES[path]
     known = "".join(f"\n  {name}" for name in sorted(RECIPES))
     raise ValueError(
         f"{class_path(type(base))} has no recipe for fine-tuning; pass the whole model, of one of these classes:{known}"
@@ -106,6 +107,7 @@ def _children(parent: Any, name: str) -> list[Any]:
 
 _HF = "transformers.models"
 _OWN = "mllm_fast.models"
+_LLAVA = f"{_HF}.llava.modeling_llava.LlavaForConditionalGeneration"
 
 # Its factory leaves the language model's embeddings to training, where the tokenizer's two new tokens have their rows.
 _OPEN_FLAMINGO = Recipe(
@@ -239,7 +241,7 @@ RECIPES: Mapping[str, Recipe] = {
         evaluation=("qformer?",),
     ),
     # arXiv 2304.08485: the projection, then the language model with it.
-    f"{_HF}.llava.modeling_llava.LlavaForConditionalGeneration": Recipe(
+    _LLAVA: Recipe(
         parts={
             "projection": ("model.multi_modal_projector",),
             "language_model": ("model.language_model", "lm_head"),
@@ -254,3 +256,9 @@ RECIPES: Mapping[str, Recipe] = {
         language_model="language_model",
     ),
 }
+
+# The projector of LLaVA 1 has one layer. transformers' second one is the identity there, and stays it (`llava_checkpoint`).
+_LLAVA_1 = replace(
+    RECIPES[_LLAVA],
+    parts={**RECIPES[_LLAVA].parts, "projection": ("model.multi_modal_projector.linear_1",)},
+)

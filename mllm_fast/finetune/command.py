@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hub import asking
 from ..models.blip2_stage1 import Blip2Stage1
 from ..pipeline import load_pipeline
 from .checkpoint import TRAINED_FILE, RunExistsError, check_unused
@@ -96,7 +97,8 @@ def prepare(config: FinetuneConfig) -> StageRun:
     if config.llm is not None and config.stage == "blip2-stage1":
         raise ConfigError(f"llm is {config.llm!r}, but stage 'blip2-stage1' has no language model; leave it out")
     # Preparing fuses what there is to fuse.
-    pipeline = load_pipeline(config.model, llm=config.llm, fuse=False, dtype=dtype, device=device)
+    with asking(config.model):
+        pipeline = load_pipeline(config.model, llm=config.llm, fuse=False, dtype=dtype, device=device)
     model = pipeline.model
     if config.stage == "blip2-stage1" and not isinstance(model, Blip2Stage1):
         model = stage1(model, pipeline.processor.tokenizer)

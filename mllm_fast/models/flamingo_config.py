@@ -14,8 +14,9 @@ class FlamingoModelConfig(PreTrainedConfig):
     """A whole Flamingo.
 
     Args:
-        vision_config: of any vision model of transformers that gives `last_hidden_state` [N, tokens, hidden_size], a
-            configuration or its dict, which is CLIP's unless its `model_type` says otherwise; None: CLIP ViT-L/14.
+        vision_config: of any vision model of transformers that reads images of one size into `last_hidden_state`
+            [N, tokens, hidden_size] (not those for images of any size, as Siglip2 and Pixtral), a configuration or its
+            dict, which is CLIP's unless its `model_type` says otherwise; None: CLIP ViT-L/14.
         text_config: of any decoder-only language model of transformers, likewise; Llama's by default.
         image_token_id: the token that stands for an image in the text. It is in the language model's vocabulary.
         every, latents, resampler_depth, resampler_heads, resampler_head_dim, resampler_ffn_dim, heads, head_dim, ffn_dim,

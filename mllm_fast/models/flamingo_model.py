@@ -31,6 +31,7 @@ from .flamingo import Flamingo
 from .flamingo_checkpoint import load_original, options_of, read_original, save_original
 from .flamingo_config import FlamingoModelConfig
 from .flamingo_processing import FlamingoProcessor
+from .flamingo_towers import build_tower, check_tower
 
 __all__ = [
     "FlamingoForConditionalGeneration",
@@ -80,6 +81,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config: see `FlamingoModelConfig`.
         language_model, vision_model: pretrained parts to build over, in place of new ones; see `from_parts`.
 
+    Raises:
+        ValueError: a vision model that does not read images of one size into patches, or that transformers cannot build.
+
     Shapes: B samples, I images or videos a sample (padded; see `image_mask`), F frames, S tokens, n = config.latents, D the
     vision model's width.
     """
@@ -108,7 +112,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for module in () if part is None else part.modules():
                 module._is_hf_initialized = True  # what post_init leaves as it is
         lm = AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
-        tower = AutoModel.from_config(config.vision_config) if vision_model is None else vision_model
+        tower = build_tower(config.vision_config) if vision_model is None else vision_model
+        check_tower(tower)
         self.model = Flamingo(lm, FlamingoVision(tower, config), config.bridge)
         _pass_on(self.model.vision_encoder)
         _pass_on(self.model)

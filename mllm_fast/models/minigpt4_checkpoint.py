@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .bridge_file import write_atomically
-from .lavis_checkpoint import convert_lavis
+from .lavis_checkpoint import THEIRS, convert_lavis, split_keys
 from .minigpt4_config import MiniGPT4Config
 from .original_checkpoint import CheckpointMismatchError, KeyMap, differences, load_strictly, read_checkpoint
 
@@ -51,17 +51,7 @@ _OURS = KeyMap.of(
 _THEIRS = KeyMap.of(
     (r"^language_projection\.linear\.", r"llama_proj."),
     (r"^language_model\.", r"llama_model."),
-    (r"^qformer\.layernorm\.", r"Qformer.bert.embeddings.LayerNorm."),
-    (r"^qformer\.(.*attention)\.attention\.", r"Qformer.bert.\1.self."),
-    (r"^qformer\.", r"Qformer.bert."),
-    (r"^vision_model\.post_layernorm\.", r"ln_vision."),
-    (r"^vision_model\.embeddings\.class_embedding$", r"visual_encoder.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$", r"visual_encoder.pos_embed"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", r"visual_encoder.patch_embed.proj."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"visual_encoder.blocks.\1.norm\2."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"visual_encoder.blocks.\1.attn.proj."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.", r"visual_encoder.blocks.\1.attn."),
-    (r"^vision_model\.encoder\.layers\.", r"visual_encoder.blocks."),
+    *THEIRS,
 )
 _LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
 _LORA = re.compile(r"^language_model\.base_model\.model\.(.+)\.lora_([AB])(\.[^.]+)?\.weight$")
@@ -177,11 +167,9 @@ def save_original(model: nn.Module, path: str | Path, *, overwrite: bool = False
         raise FileExistsError(f"{path} exists; choose another name or pass overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
     ours = {name: value for name, value in model.state_dict().items() if _is_trained(name, model.config)}
-    for name in [name for name in ours if name.endswith("self_attn.qkv.bias")]:
-        # The original has no bias on keys, which no softmax would notice.
-        query, _, value = ours.pop(name).chunk(3)
-        ours |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): value}
-    theirs = {name: value.detach().cpu().clone().contiguous() for name, value in _THEIRS.rename(ours).items()}
+    theirs = {
+        name: value.detach().cpu().clone().contiguous() for name, value in _THEIRS.rename(split_keys(ours)).items()
+    }
     if path.suffix == ".safetensors":
         write_atomically(path, lambda file: save_file(theirs, file))
     else:

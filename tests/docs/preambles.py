@@ -16,12 +16,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from mllm_fast.models.llava_checkpoint import save_lora, save_projector
 from mllm_fast.pipeline import drawn_image
 from tests.cli import systems as cli_systems
-from tests.families import llava_models
+from tests.families import llava_models, qformers
 from tests.models import (
     flamingo_models,
     minigpt4_models,
     stage1_models,
     test_blip2_stage1,
+    test_lavis_checkpoint,
     test_llava_checkpoint,
     test_mplug_owl_checkpoint,
 )
@@ -87,11 +88,17 @@ def _checkpoints(folder: Path) -> Namespace:
     save_lora(adapted, folder / "llava-lora")
     test_mplug_owl_checkpoint.write(folder / "mplug-owl-llama-7b", test_mplug_owl_checkpoint.original_state())
     torch.save(test_blip2_stage1.lavis_checkpoint(stage1_models.stage1()[0], True), folder / "blip2_pretrained.pth")
+    for file, *case in (
+        ("blip2_pretrained_opt2.7b", "blip2", "opt"), ("instruct_blip_vicuna7b_trimmed", "instructblip", "llama"),
+    ):  # fmt: skip
+        state = test_lavis_checkpoint.lavis_file(qformers.generator(*case), *case, whole=False)
+        torch.save({"model": state}, folder / f"{file}.pth")
     return {
         "language_model": flamingo.model.lm, "vision_model": flamingo.model.vision_encoder.tower,
         "image_processor": CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False),
         "tokenizer": cli_systems.tokenizer(vocabulary - 2, {}), "config": minigpt4_models.config(),
-        "llava": llava_models.model(), "stage1": stage1_models.stage1(1)[0],
+        "llava": llava_models.model(), "stage1": stage1_models.stage1(1)[0], "blip2": qformers.generator("blip2"),
+        "instructblip": qformers.generator("instructblip", "llama"),
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from transformers import (
     InstructBlipVideoForConditionalGeneration,
     InstructBlipVideoQFormerConfig,
     InstructBlipVideoQFormerModel,
+    LlamaConfig,
     OPTConfig,
     T5Config,
 )
@@ -128,8 +129,15 @@ def t5() -> T5Config:
     )  # fmt: skip
 
 
+def llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=100, hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
 def _options(language: str, **qformer: Any) -> dict[str, Any]:
-    text = opt() if language == "opt" else t5()
+    text = {"opt": opt, "t5": t5, "llama": llama}[language]()
     return {
         "vision_config": dict(VISION),
         "qformer_config": CONFIG | qformer,
@@ -145,7 +153,7 @@ def retrieval(seed: int = 0, **qformer: Any) -> Blip2ForImageTextRetrieval:
 
 
 def generator(name: str, language: str = "opt", seed: int = 0, **qformer: Any) -> nn.Module:
-    """A model that generates: "blip2", "instructblip" or "instructblipvideo", over OPT or T5."""
+    """A model that generates: "blip2", "instructblip" or "instructblipvideo", over OPT, T5 or Llama."""
     options = _options(language, **qformer)
     if name == "blip2":
         model = Blip2ForConditionalGeneration(Blip2Config(**options, image_token_index=IMAGE_TOKEN))

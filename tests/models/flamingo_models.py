@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from transformers import (
     BioGptConfig,
+    Blip2VisionConfig,
+    BlipVisionConfig,
     CLIPVisionConfig,
+    Dinov2Config,
     Dinov2WithRegistersConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MetaClip2VisionConfig,
     MptConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -46,6 +50,11 @@ VISIONS: dict[str, Callable[[], PreTrainedConfig]] = {
     "siglip": lambda: SiglipVisionConfig(**_VISION),
     "vit": lambda: ViTConfig(**_VISION),
     "dinov2": lambda: Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=3, **_VISION),
+    "dinov2_plain": lambda: Dinov2Config(mlp_ratio=2, **_VISION),
+    # AutoModel does not know these.
+    "blip": lambda: BlipVisionConfig(**_VISION),
+    "blip2": lambda: Blip2VisionConfig(**_VISION),
+    "metaclip2": lambda: MetaClip2VisionConfig(**_VISION),
 }
 
 

@@ -16,10 +16,11 @@ import mllm_fast
 from mllm_fast.models import stage1_passes
 from mllm_fast.models.blip2_stage1 import Blip2Stage1
 from mllm_fast.models.contrast import hard_negatives
-from mllm_fast.models.lavis_checkpoint import LavisMismatchError, load_lavis
+from mllm_fast.models.lavis_checkpoint import LavisMismatchError, load_lavis, save_lavis
 from mllm_fast.verification import verify
 from tests.families.instruments import Recorder, assert_same, assert_within_twice, recording
 from tests.families.qformers import DIM, FFN, IMAGE, QUERIES, VOCABULARY, retrieval
+from tests.models.lavis_files import copied, norm, qformer, tensors, vision
 from tests.models.stage1_models import (
     DEC,
     LAYERS,
@@ -262,53 +263,16 @@ def test_negatives_are_drawn_among_the_others_and_the_more_alike_the_likelier() 
 
 def lavis_checkpoint(model: Blip2Stage1, tower: bool) -> dict[str, Tensor]:
     """The model's parameters under LAVIS's names, spelled out independently of the loader's rules."""
-    state: dict[str, Tensor] = {}
-    r = model.retrieval
-    bert = "Qformer.bert."
-    state["query_tokens"], state["temp"] = r.query_tokens, model.temperature
-    parts = {"vision_proj": r.vision_projection, "text_proj": r.text_projection, "itm_head": r.itm_head}
-    parts |= {f"{bert}embeddings.LayerNorm": r.qformer.layernorm, "ln_vision": r.vision_model.post_layernorm}
-    parts |= {
-        f"{bert}embeddings.{n}_embeddings": getattr(r.embeddings, f"{n}_embeddings") for n in ("word", "position")
+    r, head = model.retrieval, "Qformer.cls.predictions."
+    state = qformer(r.qformer, r.qformer.layernorm, r.embeddings) | norm(r.vision_model)
+    state |= {"query_tokens": r.query_tokens, "temp": model.temperature, f"{head}bias": model.lm_head.bias}
+    state |= {
+        f"{head}decoder.bias": model.lm_head.bias,
+        f"{head}decoder.weight": r.embeddings.word_embeddings.weight,
     }
-    for i, layer in enumerate(r.qformer.encoder.layer):
-        at = f"{bert}encoder.layer.{i}."
-        for name in ("attention", "crossattention") if layer.has_cross_attention else ("attention",):
-            branch = getattr(layer, name)
-            parts |= {f"{at}{name}.self.{p}": getattr(branch.attention, p) for p in ("query", "key", "value")}
-            parts |= {
-                f"{at}{name}.output.dense": branch.output.dense,
-                f"{at}{name}.output.LayerNorm": branch.output.LayerNorm,
-            }
-        for suffix in ("", "_query"):
-            up, down = getattr(layer, f"intermediate{suffix}"), getattr(layer, f"output{suffix}")
-            parts |= {f"{at}intermediate{suffix}.dense": up.dense, f"{at}output{suffix}.dense": down.dense}
-            parts[f"{at}output{suffix}.LayerNorm"] = down.LayerNorm
-    head = "Qformer.cls.predictions."
+    parts = {"vision_proj": r.vision_projection, "text_proj": r.text_projection, "itm_head": r.itm_head}
     parts |= {f"{head}transform.dense": model.lm_head.dense, f"{head}transform.LayerNorm": model.lm_head.norm}
-    state |= {f"{head}bias": model.lm_head.bias, f"{head}decoder.bias": model.lm_head.bias}
-    state[f"{head}decoder.weight"] = r.embeddings.word_embeddings.weight
-    state[f"{bert}embeddings.position_ids"] = torch.arange(64)[None]
-    if tower:
-        vision = r.vision_model
-        state["visual_encoder.cls_token"] = vision.embeddings.class_embedding
-        state["visual_encoder.pos_embed"] = vision.embeddings.position_embedding
-        parts["visual_encoder.patch_embed.proj"] = vision.embeddings.patch_embedding
-        for i, layer in enumerate(vision.encoder.layers):
-            at = f"visual_encoder.blocks.{i}."
-            state[f"{at}attn.qkv.weight"] = layer.self_attn.qkv.weight
-            q, k, v = layer.self_attn.qkv.bias.detach().chunk(3)
-            k.zero_()
-            state |= {f"{at}attn.q_bias": q, f"{at}attn.v_bias": v}
-            parts |= {
-                f"{at}attn.proj": layer.self_attn.projection,
-                f"{at}mlp.fc1": layer.mlp.fc1,
-                f"{at}mlp.fc2": layer.mlp.fc2,
-            }
-            parts |= {f"{at}norm1": layer.layer_norm1, f"{at}norm2": layer.layer_norm2}
-    for name, part in parts.items():
-        state |= {f"{name}.{p}": value for p, value in part.named_parameters()}
-    return {name: value.detach().clone() for name, value in state.items()}
+    return copied(state | tensors(parts) | (vision(r.vision_model) if tower else {}))
 
 
 @pytest.mark.parametrize("tower", [False, True])
@@ -327,6 +291,12 @@ def test_lavis_checkpoints_load(tower: bool, tmp_path: Any) -> None:
     given = batch() | {"pixel_values": batch()["pixel_values"].float()}
     ours, theirs = (m(**given, negatives=NEGATIVES)["loss"] for m in (model, trained))
     assert torch.equal(ours, theirs)
+    back = torch.load(save_lavis(model, tmp_path / "back.pth", vision=tower), weights_only=True)["model"]
+    implied = ("position_ids", "decoder.bias", "decoder.weight")  # tied, or no parameter
+    assert set(back) == {name for name in checkpoint if not name.endswith(implied)}
+    for name, value in back.items():
+        assert torch.equal(value, checkpoint[name].reshape(value.shape)), name
+    assert back["temp"].shape == ()
 
 
 def test_a_lavis_checkpoint_that_does_not_fit_lists_everything_and_changes_nothing() -> None:

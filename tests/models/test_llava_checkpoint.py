@@ -208,6 +208,39 @@ def test_a_llava_1_with_one_projector_layer(tmp_path: Path, fused: bool) -> None
         load_projector(again, tmp_path / "mlp")
 
 
+def test_a_llava_1_trains_the_one_layer_that_it_has(tmp_path: Path) -> None:
+    """transformers' second layer stays the identity, also where the language model is trained too."""
+    layer = randomise(nn.Linear(VISION, TEXT), 5)
+    torch.save({f"model.mm_projector.{n}": v for n, v in layer.state_dict().items()}, tmp_path / "mm_projector.bin")
+    for train, fused in (("projection", False), ("projection", True), ("projection+language_model", False)):
+        llava = model(1, projector_hidden_act="linear")
+        load_projector(llava, tmp_path)
+        if fused:
+            mllm_fast.fuse(llava)
+        plan = mllm_fast.prepare_finetuning(llava, train)
+        projector = llava.model.multi_modal_projector
+        expected = {f"model.multi_modal_projector.linear_1.{n}" for n in ("weight", "bias")}
+        assert {name for name in plan.trained if "projector" in name} == expected
+        optimizer = torch.optim.AdamW(plan.trained.values(), lr=1e-2, weight_decay=0.1)
+        batch = inputs() | {"labels": inputs()["input_ids"].masked_fill(inputs()["input_ids"] == 90, -100)}
+        losses = []
+        for _ in range(3):
+            loss = llava(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        assert torch.equal(projector.linear_2.weight, torch.eye(TEXT))
+        assert not projector.linear_2.bias.any()
+        assert not torch.equal(projector.linear_1.weight, layer.weight)
+        saved = torch.load(save_projector(llava, tmp_path / f"{train}-{fused}"), weights_only=True)
+        assert torch.equal(saved["model.mm_projector.weight"], projector.linear_1.weight)
+        assert torch.equal(saved["model.mm_projector.bias"], projector.linear_1.bias)
+    both = mllm_fast.prepare_finetuning(model(1), "projection").trained
+    assert {name.split(".")[-2] for name in both} == {"linear_1", "linear_2"}
+
+
 def test_lora_of_a_llava_1(tmp_path: Path) -> None:
     fresh, layer = model(1, projector_hidden_act="linear"), randomise(nn.Linear(VISION, TEXT), 5)
     rest = {f"base_model.model.model.mm_projector.{name}": value for name, value in layer.state_dict().items()}
