@@ -51,8 +51,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     if args.seconds is not None:
         plan = dataclasses.replace(plan, seconds=args.seconds)
 
+    device = torch.device(args.device)
+    if device.type == "cuda":  # where `make gpu` stops after its time: what has a goal comes first
+        chosen.sort(key=lambda w: not w.gpu_goals)
     rows: list[report.Row] = []
-    for rows in _run(chosen, torch.device(args.device), plan, errors):
+    for rows in _run(chosen, device, plan, errors):
         if args.out is not None:  # after every workload, so that an interruption loses only the one in progress
             report.save(report.report(rows, plan), args.out)
     data = report.report(rows, plan)
@@ -79,7 +82,7 @@ def _print_written(console: Console, paths: Sequence[Path]) -> None:
 
 def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: Console) -> Iterator[list[report.Row]]:
     """Yields, after every workload, the rows of all so far."""
-    outcomes: list[tuple[Workload, Result | WrongResultError]] = []
+    outcomes: list[tuple[Workload, Result | str]] = []
     limits: dict[torch.dtype, Limits] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -87,17 +90,18 @@ def _run(chosen: Sequence[Workload], device: torch.device, plan: Plan, console: 
         for workload in chosen:
             progress.update(task, description=workload.name)
             try:
-                outcomes.append((workload, run(workload, device, plan)))
+                outcome: Result | str = run(workload, device, plan)
+                # Again with every workload: on a shared machine a single attempt may hit a bad moment.
+                limits[workload.dtype] = machine_limits(device, workload.dtype).raised(limits.get(workload.dtype))
             except WrongResultError as error:
-                outcomes.append((workload, error))
-            # Again with every workload: on a shared machine a single attempt may hit a bad moment.
-            limits[workload.dtype] = machine_limits(device, workload.dtype).raised(limits.get(workload.dtype))
+                outcome = str(error)
+            except Exception as error:  # a row that fails must not take the others with it
+                outcome = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            outcomes.append((workload, outcome))
             progress.advance(task)
             yield [
-                report.row(outcome, limits[done.dtype])
-                if isinstance(outcome, Result)
-                else report.failed_row(done, str(outcome))
-                for done, outcome in outcomes
+                report.failed_row(done, found) if isinstance(found, str) else report.row(found, limits[done.dtype])
+                for done, found in outcomes
             ]
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .goals import NO_GOALS, Goals
 from .measure import Memory, Plan, Timing, count_launches, peak_memory, time_peers
 
 OURS = "mllm_fast"
@@ -62,8 +63,8 @@ class Workload:
         direction: "forward" (prefill or encoder), "backward" (with the forward before it) or "decode" (one token).
         build: makes the case on a device.
         nbytes, flops: the least any implementation must read and write, and compute.
-        min_speedup: over the baseline, where a goal was set.
-        max_memory: of the baseline's peak extra memory, where a goal was set.
+        goals: on any device.
+        gpu_goals: on a GPU, with those or in their place.
     """
 
     name: str
@@ -75,8 +76,12 @@ class Workload:
     build: Callable[[torch.device], Case]
     nbytes: int
     flops: int
-    min_speedup: float | None = None
-    max_memory: float | None = None
+    goals: Goals = NO_GOALS
+    gpu_goals: Goals = NO_GOALS
+
+    def goals_on(self, device: torch.device) -> Goals:
+        """What was set out for this device."""
+        return self.goals | self.gpu_goals if device.type == "cuda" else self.goals
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Result:
 
     workload: Workload
     peers: Mapping[str, Measurement]
+    device: torch.device
 
     @property
     def baseline(self) -> Measurement:
@@ -190,4 +196,4 @@ def run(workload: Workload, device: torch.device, plan: Plan) -> Result:
         launches = {name: count_launches(calls[0], device) for name, calls in case.peers.items()}
         timings = time_peers(case.peers, plan, device)
     peers = {name: Measurement(timings[name], memory[name], launches[name], errors[name]) for name in case.peers}
-    return Result(workload, peers)
+    return Result(workload, peers, device)

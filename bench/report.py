@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,11 +16,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from mllm_fast.information import library_version
 from mllm_fast.kernels.launch import device_architecture
 from mllm_fast.models.bridge_file import write_text_atomically
 
+from . import goals
 from .measure import Limits, Plan
-from .registry import Result, Workload
+from .registry import OURS, Result, Workload
 
 FORMAT = 1
 PACKAGES = (
@@ -61,7 +62,8 @@ def row(result: Result, limits: Limits) -> Row:
             "launches": m.launches,
             "relative_error": m.error,
         }
-    return {**_described(workload), "limits": asdict(limits), "peers": peers}
+    stored = asdict(workload.goals_on(result.device))
+    return {**_described(workload), "goals": stored, "limits": asdict(limits), "peers": peers}
 
 
 def failed_row(workload: Workload, reason: str) -> Row:
@@ -79,7 +81,6 @@ def _described(workload: Workload) -> Row:
         "direction": workload.direction,
         "bytes": workload.nbytes,
         "flops": workload.flops,
-        "goals": {"min_speedup": workload.min_speedup, "max_memory_ratio": workload.max_memory},
     }
 
 
@@ -132,11 +133,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    found = {package: library_version(package) for package in PACKAGES}
+    return {package: version for package, version in found.items() if version is not None}
 
 
 def save(data: Mapping[str, Any], path: Path) -> None:
@@ -171,47 +169,45 @@ def summary(data: Mapping[str, Any]) -> str:
 
 
 def table(rows: Iterable[Row]) -> Table:
-    """The rows as a table; a peer's goals are marked as met or missed."""
+    """The rows as a table; for each of our peers the goals are marked as met or missed."""
     out = Table(title="Benchmarks: every peer on the same weights and inputs, in turns", title_justify="left")
     for name in ("workload", "peer"):
         out.add_column(name, overflow="fold")
     for name in ("ms", "quartiles", "speed-up", "rate", "roofline", "peak MiB", "launches", "error"):
         out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("goals", overflow="fold")
     for r in rows:
         if "failed" in r:
             out.add_row(r["workload"], f"[red]not timed: {r['failed']}")
             continue
-        baseline = next(iter(r["peers"].values()))
         for i, (name, p) in enumerate(r["peers"].items()):
-            reliable = p["reliable"] and baseline["reliable"]
             out.add_row(
                 r["workload"] if i == 0 else "",
                 name,
                 f"{p['median_ms']:.3f}" + ("" if p["reliable"] else " [yellow]noisy[/]"),
                 f"{p['low_ms']:.3f} to {p['high_ms']:.3f}",
-                f"{p['speedup']:.2f}x" + (_verdict(p["speedup"], r["goals"]["min_speedup"], reliable) if i else ""),
+                f"{p['speedup']:.2f}x",
                 _rate(r, p),
                 f"{p['roofline_share']:.0%}",
-                f"{p['peak_extra_bytes'] / MIB:.2f}" + (_memory(p, r["goals"]["max_memory_ratio"]) if i else ""),
+                f"{p['peak_extra_bytes'] / MIB:.2f}" + (f" = {p['memory_ratio']:.2f}x" if i else ""),
                 str(p["launches"]),
                 f"{p['relative_error']:.1e}",
+                "\n".join(map(_marked, _judged(r, name))),
             )
         out.add_section()
     return out
 
 
-def _verdict(speedup: float, goal: float | None, reliable: bool) -> str:
-    if goal is None:
-        return ""
-    colour = ("green" if speedup >= goal else "red") if reliable else "yellow"
-    return f" [{colour}](goal {goal:g})[/]"
+def _judged(r: Row, name: str) -> list[goals.Verdict]:
+    """The goals are ours: nobody else is held to them."""
+    return goals.verdicts(r, name) if name.startswith(OURS) else []
 
 
-def _memory(p: Mapping[str, Any], goal: float | None) -> str:
-    ratio = p["memory_ratio"]
-    if goal is None:
-        return f" = {ratio:.2f}x"
-    return f" = {ratio:.2f}x [{'green' if ratio <= goal else 'red'}](goal {goal:g})[/]"
+def _marked(verdict: goals.Verdict) -> str:
+    if verdict.met is None:
+        return f"[yellow]{verdict.reached}[/]: {verdict.goal}"
+    word, colour = ("met", "green") if verdict.met else ("missed", "red")
+    return f"[{colour if verdict.reliable else 'yellow'}]{word}[/] {verdict.goal} ({verdict.reached})"
 
 
 def _rate(r: Row, p: Mapping[str, Any]) -> str:
@@ -223,7 +219,10 @@ def _rate(r: Row, p: Mapping[str, Any]) -> str:
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
-    """Bars of the speed-up of every peer over its baseline, with the goals as ticks. Writes a PNG."""
+    """Bars of the speed-up of every peer over its baseline, with the goals as ticks. Writes a PNG.
+
+    A row's tick stands where all of its goals about speed are met, those over other peers included.
+    """
     from matplotlib.figure import Figure
 
     bars = []
@@ -231,13 +230,16 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
         (_, baseline), *others = r["peers"].items() or [(None, None)]
         for name, p in others:
             noise = "" if p["reliable"] and baseline["reliable"] else " (noisy)"
-            bars.append((r["workload"] + noise, name, p["speedup"], r["goals"]["min_speedup"]))
+            goal = goals.needed_speedup(r, _judged(r, name))
+            bars.append((r["workload"] + noise, name, p["speedup"], goal))
     figure = Figure(figsize=(9, 1.4 + 0.32 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(bar[1] for bar in bars))
+    # Ours first, so that it has one colour in all plots.
+    names = sorted(dict.fromkeys(bar[1] for bar in bars), key=lambda name: not name.startswith(OURS))
     for y, (_, name, speedup, goal) in enumerate(bars):
         axes.barh(y, speedup, color=f"C{names.index(name)}", height=0.7)
-        axes.text(speedup, y, f" {speedup:.2f}x", va="center", fontsize=8)
+        close = goal is not None and speedup <= goal < speedup + 0.1 * max(bar[2] for bar in bars)
+        axes.text((close and goal) or speedup, y, f" {speedup:.2f}x", va="center", fontsize=8)  # beside the goal's tick
         if goal is not None:
             axes.plot([goal, goal], [y - 0.42, y + 0.42], color="black", linewidth=2)
     for name in names:
@@ -246,12 +248,12 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
         axes.plot([], [], color="black", linewidth=2, label="goal")
     axes.axvline(1, color="grey", linewidth=1)
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlabel("times faster than upstream")
     axes.set_title(summary(data), fontsize=8)
     if bars:
-        axes.legend(fontsize=8, loc="lower right")
+        figure.legend(fontsize=8, loc="outside lower center", ncols=len(names) + 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

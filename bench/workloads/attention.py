@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import math
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,8 +22,10 @@ from torch import Tensor
 from mllm_fast import backend, ops
 from mllm_fast.kernels.attention import libraries
 
+from ..goals import NO_GOALS, Goals
 from ..registry import OURS, Case, Workload, check, register
 from .flamingo import SHORT, TOKENS, WIDER, prompt_length
+from .optional import compiles, serves
 
 SDPA = "torch sdpa"
 UNREAD = "torch sdpa, hidden keys unread"  # as the library calls it, where it does: what is hidden may be NaN
@@ -32,6 +33,7 @@ EAGER = "transformers eager"
 COMPILED = "transformers eager, torch.compile"
 FLEX = "flex_attention"
 XFORMERS = "xformers"
+DISPATCHED = f"{OURS}, dispatched"  # by whom the library would let the call run; `OURS` is our kernel on a GPU
 
 # Several copies of the inputs are used in turn, so that they come from memory.
 ROTATED_BYTES = 128 * 2**20
@@ -128,13 +130,19 @@ def _unpadded(shape: Shape, device: torch.device) -> Tensor:
     return torch.arange(shape.keys, device=device).unsqueeze(0) < shape.unpadded
 
 
-def _ours(shape: Shape, device: torch.device) -> Attend:
+def _dispatched(shape: Shape, device: torch.device) -> Attend:
     mask = _mask(shape, device)
 
     def attend(inputs: Inputs) -> Tensor:
         q, k, v, *extra = inputs
         extra_k, extra_v = extra or (None, None)
         return ops.attention(q, k, v, extra_k=extra_k, extra_v=extra_v, mask=mask)
+
+    return attend
+
+
+def _ours(shape: Shape, device: torch.device) -> Attend:
+    attend = _dispatched(shape, device)
 
     def on_our_kernels(inputs: Inputs) -> Tensor:
         # By itself the library would call whoever was faster the last time.
@@ -236,29 +244,19 @@ def _peers(shape: Shape, dtype: torch.dtype, device: torch.device, backward: boo
     yield EAGER, _eager(shape, dtype, device)
     if shape.padded:
         yield UNREAD, _unread(shape, device)
-    elif device.type == "cuda":
-        torch.compiler.reset()  # else the compilations of earlier workloads count against the limit for one function
-        yield COMPILED, _eager(shape, dtype, device, compiled=True)
-        if shape.images:  # whose blocks it can skip
-            yield FLEX, _flex(shape, device)
-        # With a mask, xformers takes what SDPA takes: a dense one. It has no backward for GQA.
-        served = not shape.images and not (backward and shape.heads != shape.key_heads)
-        if served and importlib.util.find_spec("xformers") is not None:
-            yield XFORMERS, _xformers(shape)
-
-
-def _serves(name: str, attend: Attend, inputs: Inputs, grad: Tensor) -> bool:
-    """Whether a peer that promises less than all shapes can serve this one; if not, says so."""
-    try:
-        if inputs[0].requires_grad:
-            _gradients(attend, inputs, grad)
-        else:
-            attend(inputs)
-    except Exception as error:  # of a compiler or a library: any
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"not measured: {name} ({type(error).__name__}: {reason})", stacklevel=2)
-        return False
-    return True
+    if not compiles(device):
+        return
+    if not shape.images:  # which no library serves
+        yield DISPATCHED, _dispatched(shape, device)
+    torch.compiler.reset()  # else the compilations of earlier workloads count against the limit for one function
+    yield COMPILED, _eager(shape, dtype, device, compiled=True)
+    if shape.images:  # whose blocks it can skip
+        yield FLEX, _flex(shape, device)
+    # With a mask, xformers takes what SDPA takes: a dense one. It has no backward for GQA.
+    masked = shape.images or shape.padded
+    served = not masked and not (backward and shape.heads != shape.key_heads)
+    if served and importlib.util.find_spec("xformers") is not None:
+        yield XFORMERS, _xformers(shape)
 
 
 def _gradients(attend: Attend, inputs: Inputs, grad: Tensor) -> Sequence[Tensor]:
@@ -276,10 +274,14 @@ def build(device: torch.device, *, shape: Shape, dtype: torch.dtype, backward: b
     inputs = [_inputs(shape, dtype, device, backward) for _ in range(copies)]
     grads = [torch.randn_like(given[0]) for given in inputs]
     wide = tuple(x.detach().to(WIDER[dtype]).requires_grad_(backward) for x in inputs[0])
+
+    def first(attend: Attend) -> object:
+        return _gradients(attend, inputs[0], grads[0]) if backward else attend(inputs[0])
+
     attends = {
         name: attend
         for name, attend in _peers(shape, dtype, device, backward)
-        if name in (SDPA, OURS, EAGER) or _serves(name, attend, inputs[0], grads[0])
+        if name in (SDPA, OURS, DISPATCHED, EAGER) or serves(name, functools.partial(first, attend))
     }
     exactly = _sdpa(shape, device)
     if not backward:
@@ -309,7 +311,7 @@ def _add(
     direction: Literal["forward", "backward", "decode"],
     *,
     dtype: torch.dtype = torch.bfloat16,
-    min_speedup: float | None = None,
+    gpu_goals: Goals = NO_GOALS,
 ) -> None:
     q, keys = shape.elements
     backward = direction == "backward"
@@ -327,40 +329,50 @@ def _add(
             build=functools.partial(build, shape=shape, dtype=dtype, backward=backward),
             nbytes=elements * dtype.itemsize,
             flops=int(shape.flops * (1 + (BACKWARD_PRODUCTS if backward else 0))),
-            min_speedup=min_speedup,
+            gpu_goals=gpu_goals,
         )
     )
+
+
+# What a library serves faster is left to it.
+BEST = Goals({SDPA: 1.0, XFORMERS: 1.0})
+MEDIA = Goals({SDPA: 10.0, FLEX: 2.0})
+DECODE = Goals(bandwidth_share=0.7)
 
 
 def _register(gpu: bool) -> None:
     both: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     for direction in both:
         for batch in (1, 8, 64) if gpu else (1, 8):
-            _add(f"qformer.batch_{batch}", "BLIP-2 (ViT-g/14)", Shape(32, 257, 12, 12, 64, batch), direction)
+            _add(
+                f"qformer.batch_{batch}",
+                "BLIP-2 (ViT-g/14)",
+                Shape(32, 257, 12, 12, 64, batch),
+                direction,
+                gpu_goals=BEST,
+            )
         for batch in (8, 64) if gpu else (8,):
             shape = Shape(64, 64, 12, 12, 64, batch, padded=True)
             _add(f"text_padded.batch_{batch}", "BLIP-2 (BERT-base)", shape, direction)
         batch = 9 if gpu else 2
         shape = Shape(64, 256, 8, 8, 64, batch, extra=64)
-        _add(f"resampler.{batch}_images", "OpenFlamingo (ViT-L/14)", shape, direction)
+        _add(f"resampler.{batch}_images", "OpenFlamingo (ViT-L/14)", shape, direction, gpu_goals=BEST)
         batch = 4 if gpu else 1
         shape = Shape(64, 4900, 16, 4, 96, batch, extra=64)
-        _add(f"resampler_idefics2.{batch}_images", "Idefics2-8B", shape, direction)
-        # The goals are for the GPU.
-        goal = 10.0 if gpu else None
+        _add(f"resampler_idefics2.{batch}_images", "Idefics2-8B", shape, direction, gpu_goals=BEST)
         images = 33 if gpu else 9
         length = prompt_length(images)
         shape = Shape(length, images * TOKENS, 8, 8, 64, images=images)
-        _add(f"media_openflamingo.{images}_images", "OpenFlamingo-3B", shape, direction, min_speedup=goal)
+        _add(f"media_openflamingo.{images}_images", "OpenFlamingo-3B", shape, direction, gpu_goals=MEDIA)
         if gpu:
             shape = Shape(length, images * TOKENS, 32, 32, 128, images=images)
-            _add(f"media_idefics.{images}_images", "IDEFICS-9B", shape, direction, min_speedup=goal)
+            _add(f"media_idefics.{images}_images", "IDEFICS-9B", shape, direction, gpu_goals=MEDIA)
             shape = Shape(4096, images * TOKENS, 8, 8, 64, images=images)
             _add("media_openflamingo.4096_tokens", "OpenFlamingo-3B", shape, direction)
             _add("mllama", "Llama-3.2-11B-Vision", Shape(512, 6404, 32, 8, 128), direction)
-    _add("mllama", "Llama-3.2-11B-Vision", Shape(1, 6404, 32, 8, 128), "decode")
+    _add("mllama", "Llama-3.2-11B-Vision", Shape(1, 6404, 32, 8, 128), "decode", gpu_goals=DECODE)
     if gpu:
-        _add("mllama.batch_8", "Llama-3.2-11B-Vision", Shape(1, 6404, 32, 8, 128, 8), "decode")
+        _add("mllama.batch_8", "Llama-3.2-11B-Vision", Shape(1, 6404, 32, 8, 128, 8), "decode", gpu_goals=DECODE)
 
 
 _register(torch.cuda.is_available())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import mllm_fast
 from mllm_fast.finetune.loss import language_model_loss
 
+from ..goals import Goals
 from ..registry import OURS, Case, Workload, register
 
 DOCUMENTED = "transformers + peft"
@@ -297,7 +298,7 @@ def build(device: torch.device, *, shape: Shape, what: What, checkpointing: bool
     )
 
 
-def _add(what: What, shape: Shape, model: str, checkpointing: bool, **goals: float) -> None:
+def _add(what: What, shape: Shape, model: str, checkpointing: bool, goals: Goals) -> None:
     supervised = shape.rows * int(shape.tokens * (1 - UNSUPERVISED))
     tokens, passes = shape.rows * shape.tokens, 3 if checkpointing else 2
     head = shape.vocabulary * shape.hidden
@@ -313,7 +314,7 @@ def _add(what: What, shape: Shape, model: str, checkpointing: bool, **goals: flo
             build=functools.partial(build, shape=shape, what=what, checkpointing=checkpointing),
             nbytes=passes * shape.linear_weights * 9 // 16 + 2 * head * DTYPE.itemsize,
             flops=2 * (passes * tokens * shape.linear_weights + 2 * supervised * head),
-            **goals,
+            goals=goals,
         )
     )
 
@@ -321,9 +322,9 @@ def _add(what: What, shape: Shape, model: str, checkpointing: bool, **goals: flo
 def _register() -> None:
     lora, bridge = Shape(1, 256), Shape(1, 512, images=2)
     for checkpointing in (False, True):
-        goals = {"min_speedup": 1.5, "max_memory": 0.5}
-        _add("lora", lora, "LLaMA-7B, 4 of 32 layers, LoRA r=8 on q_proj and v_proj", checkpointing, **goals)
-        _add("bridge", bridge, "Idefics-9B, 4 of 32 layers, bridge trained", checkpointing, **goals)
+        goals = Goals({DOCUMENTED: 1.5}, max_memory_ratio=0.5)
+        _add("lora", lora, "LLaMA-7B, 4 of 32 layers, LoRA r=8 on q_proj and v_proj", checkpointing, goals)
+        _add("bridge", bridge, "Idefics-9B, 4 of 32 layers, bridge trained", checkpointing, goals)
 
 
 _register()

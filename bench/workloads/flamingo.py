@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 import mllm_fast
 
+from ..goals import NO_GOALS, Goals
 from ..registry import OURS, Case, Workload, register
+from .optional import COMPILED, compiled_peer
 
 UPSTREAM = "open_flamingo"
 PREPACKED = f"{OURS} prepack"
+GRAPHED = f"{OURS} cuda_graphs"
 HF = "transformers sdpa"
 
 TOKENS = 64  # per image, after the resampler
@@ -31,6 +34,8 @@ ROTATED_BYTES = 192 * 2**20
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = (torch.bfloat16, torch.float32)
+# A block takes ten seconds or more to compile, and a GPU's whole run has 200 seconds: one number of images each.
+COMPILED_IMAGES = 9
 
 
 def prompt_length(images: int) -> int:
@@ -63,15 +68,17 @@ def _copies(nbytes: int) -> int:
     return max(1, math.ceil(ROTATED_BYTES / nbytes))
 
 
-def _fused(module: nn.Module, peer: str = OURS) -> nn.Module:
+def fused(module: nn.Module, peer: str = OURS) -> nn.Module:
     module = copy.deepcopy(module)
-    mllm_fast.fuse(module, prepack=peer == PREPACKED)
+    mllm_fast.fuse(module, prepack=peer == PREPACKED, cuda_graphs=peer == GRAPHED)
     return module
 
 
-def _ours(device: torch.device) -> tuple[str, ...]:
-    """Our peers: as `fuse` does it by default, and where it exists, on a CPU, with prepacked weights."""
-    return (OURS, PREPACKED) if device.type == "cpu" else (OURS,)
+def our_peers(device: torch.device, *, graphs: bool = False) -> tuple[str, ...]:
+    """As `fuse` does it by default; on a CPU with prepacked weights; on a GPU captured, where a block can be."""
+    if device.type == "cpu":
+        return OURS, PREPACKED
+    return (OURS, GRAPHED) if graphs else (OURS,)
 
 
 # OpenFlamingo-3B: MPT-1B with a gated block in every layer, ViT-L/14.
@@ -95,10 +102,10 @@ def _image_tokens(images: int, length: int, device: torch.device) -> Tensor:
     return locations
 
 
-def build_block_decode(device: torch.device, *, images: int, dtype: torch.dtype) -> Case:
+def build_block_decode(device: torch.device, *, images: int, dtype: torch.dtype, compiled: bool = False) -> Case:
     """One step of generation. The media is the same tensor at every step, as in OpenFlamingo's `generate`."""
     locations = _image_tokens(images, prompt_length(images), device)
-    peers: dict[str, list[Callable[[], Tensor]]] = {name: [] for name in (UPSTREAM, *_ours(device))}
+    peers: dict[str, Any] = {name: [] for name in (UPSTREAM, *our_peers(device))}
 
     def step(block: nn.Module, x: Tensor, media: Tensor) -> Tensor:
         return block(x, media, media_locations=locations, use_cached_media=True)
@@ -108,21 +115,31 @@ def build_block_decode(device: torch.device, *, images: int, dtype: torch.dtype)
         x = torch.randn(1, 1, DIM, device=device, dtype=dtype)
         media = torch.randn(1, images, TOKENS, MEDIA_DIM, device=device, dtype=dtype)
         peers[UPSTREAM].append(functools.partial(step, block, x, media))
-        for peer in _ours(device):
-            peers[peer].append(functools.partial(step, _fused(block, peer), x, media))
+        for peer in our_peers(device):
+            peers[peer].append(functools.partial(step, fused(block, peer), x, media))
         exact = exact or functools.partial(_exactly, step, block, (x, media), WIDER[dtype])
     assert exact is not None
+    if compiled:
+        peers |= compiled_peer(device, functools.partial(_compiled, step, peers[UPSTREAM]))
     return Case(peers, exact)
+
+
+def _compiled(step: Callable[..., Tensor], calls: list[functools.partial[Tensor]]) -> list[Callable[[], Tensor]]:
+    """The same calls of the step compiled: once, for the copies of a block share a graph."""
+    run = torch.compile(step, dynamic=False)
+    return [functools.partial(run, *call.args) for call in calls]
 
 
 def _exactly(step: Callable[..., Tensor], module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     return step(copy.deepcopy(module).to(dtype), *(t.to(dtype) for t in inputs))
 
 
-def build_attention_prefill(device: torch.device, *, images: int, length: int, dtype: torch.dtype) -> Case:
+def build_attention_prefill(
+    device: torch.device, *, images: int, length: int, dtype: torch.dtype, compiled: bool = False
+) -> Case:
     """The attention branch with its gate and residual, over a whole prompt with new images."""
     locations = _image_tokens(images, length, device)
-    peers: dict[str, list[Callable[[], Tensor]]] = {name: [] for name in (UPSTREAM, *_ours(device))}
+    peers: dict[str, Any] = {name: [] for name in (UPSTREAM, *our_peers(device))}
 
     def upstream(block: Any, x: Tensor, media: Tensor) -> Tensor:
         media.mul_(1)  # a write: these are new images, and nothing kept from an earlier call may be used
@@ -143,26 +160,30 @@ def build_attention_prefill(device: torch.device, *, images: int, length: int, d
         x = torch.randn(1, length, DIM, device=device, dtype=dtype)
         media = torch.randn(1, images, TOKENS, MEDIA_DIM, device=device, dtype=dtype)
         peers[UPSTREAM].append(functools.partial(upstream, block, x, media))
-        for peer in _ours(device):
-            peers[peer].append(functools.partial(ours, _fused(block, peer), x, media.clone()))
+        for peer in our_peers(device):
+            peers[peer].append(functools.partial(ours, fused(block, peer), x, media.clone()))
         exact = exact or functools.partial(_exactly, upstream, block, (x, media), WIDER[dtype])
     assert exact is not None
+    if compiled:
+        peers |= compiled_peer(device, functools.partial(_compiled, upstream, peers[UPSTREAM]))
     return Case(peers, exact)
 
 
 RESAMPLER_DIM, RESAMPLER_DEPTH, PATCHES, LATENTS = 1024, 6, 256, 64
 
 
-def build_resampler(device: torch.device, *, images: int, dtype: torch.dtype) -> Case:
+def build_resampler(device: torch.device, *, images: int, dtype: torch.dtype, compiled: bool = False) -> Case:
     """OpenFlamingo's resampler on the patches of ViT-L/14 at 224 pixels."""
     torch.manual_seed(0)
     with device:
         resampler = randomise(_open_flamingo().PerceiverResampler(dim=RESAMPLER_DIM, depth=RESAMPLER_DEPTH)).to(dtype)
         x = torch.randn(1, images, 1, PATCHES, RESAMPLER_DIM, dtype=dtype)
-    peers = {
+    peers: dict[str, Any] = {
         UPSTREAM: [functools.partial(resampler, x)],
-        **{peer: [functools.partial(_fused(resampler, peer), x)] for peer in _ours(device)},
+        **{peer: [functools.partial(fused(resampler, peer), x)] for peer in our_peers(device, graphs=True)},
     }
+    if compiled:
+        peers |= compiled_peer(device, lambda: [functools.partial(torch.compile(resampler, dynamic=False), x)])
     return Case(peers, functools.partial(_exactly, lambda module, x: module(x), resampler, (x,), WIDER[dtype]))
 
 
@@ -197,7 +218,7 @@ def _idefics(device: torch.device, dtype: torch.dtype) -> Any:
     return randomise(model)
 
 
-def build_idefics_decode(device: torch.device, *, images: int, dtype: torch.dtype) -> Case:
+def build_idefics_decode(device: torch.device, *, images: int, dtype: torch.dtype, compiled: bool = False) -> Case:
     """One generated token through one gated block and one language layer, called as `generate` calls the model."""
     from transformers import DynamicCache
 
@@ -213,7 +234,7 @@ def build_idefics_decode(device: torch.device, *, images: int, dtype: torch.dtyp
     started: list[Any] = []  # a profiler cannot tell the size of what it did not see allocated, so these stay alive
     text_mask = torch.ones(1, length + 1, dtype=torch.long, device=device)
 
-    def step(model: nn.Module, media: Tensor, cache: Any) -> Tensor:
+    def step(model: Any, media: Tensor, cache: Any) -> Tensor:
         if cache.get_seq_length() > length:
             cache.crop(-1)
         return model(
@@ -234,10 +255,14 @@ def build_idefics_decode(device: torch.device, *, images: int, dtype: torch.dtyp
         wide = WIDER[dtype]
         return step(copy.deepcopy(model).to(wide), media.to(wide), new_cache(wide))
 
-    peers = {
+    peers: dict[str, Any] = {
         HF: [functools.partial(step, model, media, new_cache(dtype))],
-        **{peer: [functools.partial(step, _fused(model, peer), media, new_cache(dtype))] for peer in _ours(device)},
+        **{peer: [functools.partial(step, fused(model, peer), media, new_cache(dtype))] for peer in our_peers(device)},
     }
+    if compiled:  # not the step: the cache grows and shrinks outside of the model
+        peers |= compiled_peer(
+            device, lambda: [functools.partial(step, torch.compile(model, dynamic=False), media, new_cache(dtype))]
+        )
     return Case(peers, exact)
 
 
@@ -252,10 +277,15 @@ def _add(
     direction: Literal["forward", "backward", "decode"],
     elements: int,
     flops: int,
-    min_speedup: float | None = None,
-    max_memory: float | None = None,
+    goals: Goals = NO_GOALS,
+    gpu_goals: Goals = NO_GOALS,
+    compiled: bool = False,
 ) -> None:
+    """A workload. The goals are for bf16, and so is the compiled peer, which is then a goal too: not to be slower."""
     goal = dtype == torch.bfloat16
+    if compiled and goal:
+        build = functools.partial(build, compiled=True)
+        gpu_goals = Goals({COMPILED: 1.0}) | gpu_goals
     register(
         Workload(
             name=f"{name}.{SHORT[dtype]}",
@@ -267,8 +297,8 @@ def _add(
             build=functools.partial(build, dtype=dtype),
             nbytes=elements * dtype.itemsize,
             flops=flops,
-            min_speedup=min_speedup if goal else None,
-            max_memory=max_memory if goal else None,
+            goals=goals if goal else NO_GOALS,
+            gpu_goals=gpu_goals if goal else NO_GOALS,
         )
     )
 
@@ -286,7 +316,9 @@ def _register() -> None:
                 direction="decode",
                 elements=BLOCK_WEIGHTS + 2 * TOKENS * INNER + 2 * DIM,
                 flops=2 * BLOCK_WEIGHTS + 4 * TOKENS * INNER,
-                min_speedup={9: 2.0, 33: 4.5}.get(images),
+                goals=Goals({UPSTREAM: {9: 2.0, 33: 4.5}[images]}) if images >= 9 else NO_GOALS,
+                gpu_goals=Goals(bandwidth_share=1 / 1.5),  # within 1.5 times of reading the weights once
+                compiled=images == COMPILED_IMAGES,
             )
         images, length = 33, 1120
         _add(
@@ -299,8 +331,8 @@ def _register() -> None:
             direction="forward",
             elements=2 * DIM * INNER + KV_WEIGHTS + 2 * length * DIM + images * TOKENS * MEDIA_DIM,
             flops=2 * (2 * length * DIM * INNER + images * TOKENS * KV_WEIGHTS) + 4 * length * TOKENS * INNER,
-            min_speedup=5.0,
-            max_memory=1 / 8,
+            goals=Goals({UPSTREAM: 5.0}, max_memory_ratio=1 / 8),
+            compiled=True,
         )
         for images in (1, 9, 33):
             _add(
@@ -313,7 +345,8 @@ def _register() -> None:
                 direction="decode",
                 elements=LM_WEIGHTS + GATED_WEIGHTS + 2 * HIDDEN * (TOKENS + prompt_length(images)),
                 flops=2 * (LM_WEIGHTS + GATED_WEIGHTS) + 4 * HIDDEN * (TOKENS + prompt_length(images)),
-                min_speedup={9: 1.5, 33: 3.0}.get(images),
+                goals=Goals({HF: {9: 1.5, 33: 3.0}[images]}) if images >= 9 else NO_GOALS,
+                compiled=images == COMPILED_IMAGES,
             )
         images, d = 9, RESAMPLER_DIM
         weights = 2 * d * INNER + 2 * d * INNER + 8 * d * d
@@ -329,7 +362,9 @@ def _register() -> None:
             flops=RESAMPLER_DEPTH
             * images
             * (2 * PATCHES * 2 * d * INNER + 2 * LATENTS * weights + 4 * LATENTS * (PATCHES + LATENTS) * INNER),
-            min_speedup=1.2,
+            goals=Goals({UPSTREAM: 1.2}),
+            gpu_goals=Goals({COMPILED: 1.5}),
+            compiled=True,
         )
 
 

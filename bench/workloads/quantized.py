@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import mllm_fast
 from mllm_fast.ops import dequantize
 
+from ..goals import NO_GOALS, Goals
 from ..registry import OURS, Case, Workload, register
 from .flamingo import ROTATED_BYTES, SHORT
 
@@ -117,8 +118,8 @@ def _add(
     model: str,
     backward: bool,
     *,
-    min_speedup: float | None = None,
-    max_memory: float | None = None,
+    goals: Goals = NO_GOALS,
+    gpu_goals: Goals = NO_GOALS,
 ) -> None:
     passes = 2 if backward else 1
     activations = shape.rows * (shape.width + shape.columns) * passes * DTYPE.itemsize
@@ -134,8 +135,8 @@ def _add(
             build=functools.partial(build, kind=kind, shape=shape, backward=backward),
             nbytes=passes * shape.weight_bytes(kind) + activations,
             flops=passes * 2 * shape.rows * shape.width * shape.columns,
-            min_speedup=min_speedup,
-            max_memory=max_memory,
+            goals=goals,
+            gpu_goals=gpu_goals,
         )
     )
 
@@ -156,18 +157,19 @@ def _register(gpu: bool) -> None:
             _add("int8", Shape(rows, width, columns), model, False)
         # The goals of a training step are for few rows, where the weight decides.
         few = Shape(16, width, columns)
-        _add("nf4", few, model, True, min_speedup=1.5, max_memory=0.5)
-        _add("nf4_nested", few, model, True, min_speedup=1.5, max_memory=0.5)
-        _add("int8", few, model, True, min_speedup=3.0, max_memory=0.5)
+        _add("nf4", few, model, True, goals=Goals({BITSANDBYTES: 1.5}, max_memory_ratio=0.5))
+        _add("nf4_nested", few, model, True, goals=Goals({BITSANDBYTES: 1.5}, max_memory_ratio=0.5))
+        _add("int8", few, model, True, goals=Goals({BITSANDBYTES: 3.0}, max_memory_ratio=0.5))
         for kind in ("nf4", "int8"):
             _add(kind, Shape(256, width, columns), model, True)
         return
     for width, columns, model in LAYERS:
         for rows in (1, 2, 8, 32, 128, 512, 1024):
             # bitsandbytes is good at one row; from two on nothing should be slower.
-            _add("nf4", Shape(rows, width, columns), model, False, min_speedup=None if rows == 1 else 1.0)
+            goals = NO_GOALS if rows == 1 else Goals({BITSANDBYTES: 1.0})
+            _add("nf4", Shape(rows, width, columns), model, False, gpu_goals=goals)
         for rows in (16, 256, 1024):
-            _add("nf4", Shape(rows, width, columns), model, True, min_speedup=1.3)
+            _add("nf4", Shape(rows, width, columns), model, True, gpu_goals=Goals({BITSANDBYTES: 1.3}))
     for width, columns, model in LAYERS[:2]:
         for rows in (1, 16, 256):
             _add("int8", Shape(rows, width, columns), model, False)

@@ -45,7 +45,7 @@ def test_wrong_key_gradients_are_noticed(monkeypatch):
 
     def wrong(attend, inputs, grad):
         dq, dk, *others = right(attend, inputs, grad)
-        return (dq, dk + 0.1 * (attend.__qualname__.startswith("_ours")), *others)
+        return (dq, dk + 0.1 * (attend.__qualname__.startswith("_dispatched")), *others)
 
     monkeypatch.setattr(attention, "_gradients", wrong)
     with pytest.raises(WrongResultError, match="mllm_fast is off by"):
@@ -69,15 +69,20 @@ def test_the_published_shapes_are_registered(monkeypatch, gpu):
     monkeypatch.setattr(attention, "register", found.append)
     attention._register(gpu)
     assert len({w.name for w in found}) == len(found)
-    goals = {w.name for w in found if w.min_speedup}
+    assert not any(w.goals for w in found)
     sizes = {(w.shape["queries"], w.shape["keys"]) for w in found}
     assert {(32, 257), (64, 256), (64, 4900), (1, 6404)} <= sizes
+    best = {w.name for w in found if w.gpu_goals == attention.BEST}
+    assert best == {w.name for w in found if "qformer" in w.name or "resampler" in w.name}
+    decode = {w.name for w in found if w.gpu_goals.bandwidth_share == 0.7}
+    assert decode == {w.name for w in found if w.direction == "decode"}
     if not gpu:
-        assert not goals
         return
     assert {(1120, 33 * 64), (4096, 33 * 64), (512, 6404)} <= sizes
     media = ("media_openflamingo.33_images", "media_idefics.33_images")
-    assert goals == {f"attention.{name}.{way}.bf16" for name in media for way in ("forward", "backward")}
+    goals = {w.name: w.gpu_goals.speedup for w in found if attention.FLEX in w.gpu_goals.speedup}
+    assert set(goals) == {f"attention.{name}.{way}.bf16" for name in media for way in ("forward", "backward")}
+    assert all(goal == {attention.SDPA: 10.0, attention.FLEX: 2.0} for goal in goals.values())
 
 
 def test_backward_counts_more_work_than_forward():
@@ -112,3 +117,17 @@ def test_the_peers_that_a_gpu_adds(monkeypatch, shape, backward):
         with pytest.warns(UserWarning, match=r"not measured: xformers \(RuntimeError: not for this shape\)"):
             case = attention.build(CPU, shape=shape, dtype=torch.float32, backward=backward)
         assert set(registry.check(case)) == {attention.SDPA, OURS, attention.EAGER, *more}
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[-1]], ids=str)
+def test_who_takes_part_on_a_gpu(monkeypatch, shape):
+    monkeypatch.setattr(attention, "compiles", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    peers = dict(attention._peers(shape, torch.float32, CPU, False))
+    more = {attention.COMPILED}
+    more |= {attention.FLEX} if shape.images else {attention.DISPATCHED}
+    more |= {attention.UNREAD} if shape.padded else set()
+    assert set(peers) == {attention.SDPA, OURS, attention.EAGER} | more
+    case = attention.build(CPU, shape=shape, dtype=torch.float32, backward=False)
+    assert set(registry.check(case)) == set(peers)

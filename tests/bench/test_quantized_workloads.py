@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import registry
+from bench.goals import Goals
 from bench.workloads import quantized
 from bench.workloads.quantized import Shape
 
@@ -36,7 +37,9 @@ def test_the_published_shapes_and_goals_are_registered(monkeypatch):
         assert {w.block for w in found.values()} == {"quantized_linear"}
         if not gpu:
             assert {(w.shape["width"], w.shape["columns"]) for w in found.values()} == {(4096, 4096)}
-            goals = {n: (w.min_speedup, w.max_memory) for n, w in found.items() if w.min_speedup}
+            goals = {
+                n: (w.goals.speedup["bitsandbytes"], w.goals.max_memory_ratio) for n, w in found.items() if w.goals
+            }
             assert goals == {
                 "quantized.nf4.4096x4096.16_rows.backward.bf16": (1.5, 0.5),
                 "quantized.nf4_nested.4096x4096.16_rows.backward.bf16": (1.5, 0.5),
@@ -44,7 +47,7 @@ def test_the_published_shapes_and_goals_are_registered(monkeypatch):
             }
         else:
             assert {w.shape["columns"] for w in found.values()} == {4096, 8192, 11008}
-            assert found["quantized.nf4.28672x8192.1024_rows.backward.bf16"].min_speedup == 1.3
+            assert found["quantized.nf4.28672x8192.1024_rows.backward.bf16"].gpu_goals == Goals({"bitsandbytes": 1.3})
         found.clear()
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bench import __main__ as cli
 from bench import measure, registry, report, roofline
+from bench.goals import Goals
 from bench.measure import Limits, Plan
 from bench.registry import OURS, Case, UnknownWorkloadError, Workload, WrongResultError
 
@@ -43,7 +44,8 @@ def build(device: torch.device, *, wrong: float = 0.0) -> Case:
 
 
 def workload(name: str = "toy", **changes) -> Workload:
-    toy = Workload(name, "a block", "Toy-1B", {"n": 32}, torch.bfloat16, "forward", build, 2048, 65536, min_speedup=2.0)
+    goals = Goals({"upstream": 2.0})
+    toy = Workload(name, "a block", "Toy-1B", {"n": 32}, torch.bfloat16, "forward", build, 2048, 65536, goals)
     return dataclasses.replace(toy, **changes)
 
 
@@ -113,7 +115,7 @@ def test_names_are_unique(monkeypatch):
 
 
 def test_report_survives_the_disk(tmp_path):
-    result = registry.run(workload(max_memory=0.5), CPU, PLAN)
+    result = registry.run(workload(goals=Goals({"upstream": 2.0}, max_memory_ratio=0.5)), CPU, PLAN)
     rows = [report.row(result, LIMITS), report.failed_row(workload("bad"), "off by 3")]
     data = report.report(rows, PLAN)
     report.save(data, tmp_path / "new" / "r.json")
@@ -129,7 +131,8 @@ def test_report_survives_the_disk(tmp_path):
     report.plot(again, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     text = _text(report.table(again["rows"]))
-    assert "(goal 2)" in text
+    assert "met 2x upstream (" in text
+    assert "missed 0.5x memory (" in text
     assert "not timed: off by 3" in text
 
 
@@ -190,6 +193,18 @@ def test_command_line(toys, tmp_path, capsys, monkeypatch):
     assert "not timed" in capsys.readouterr().out
     assert cli.main(["nothing"]) == 2
     assert "no workload matches 'nothing'" in capsys.readouterr().err
+
+
+def test_a_workload_that_breaks_leaves_the_others_their_rows(toys, tmp_path, capsys, monkeypatch):
+    def broken(device: torch.device) -> Case:
+        raise RuntimeError("out of\nresources")
+
+    toys.insert(0, workload("toy.broken", build=broken))
+    monkeypatch.setattr(cli, "find", registry.find)
+    assert cli.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "r.json")]) == 1
+    rows = {r["workload"]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows["toy.broken"]["failed"] == "RuntimeError: out of resources"
+    assert rows["toy.right"]["peers"]
 
 
 @pytest.mark.parametrize(
