@@ -109,7 +109,7 @@ gpu: $(READY) ## run everything that needs a GPU
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 # The version's changelog, the build from a clean tree, and the upload are people's: CONTRIBUTING.md.
-release: $(READY) ## build the sdist and the wheel into dist/, and try the wheel in a fresh environment
+release: $(READY) ## build the sdist and the wheel into dist/, and try each in a fresh environment
 	$(call require,build twine)
 ifndef PYTHON
 	$(PY) $(PIP_INSTALL) --quiet build twine
@@ -117,7 +117,7 @@ endif
 	rm -rf build dist
 	$(PY) -m build --no-isolation
 	$(PY) -m twine check --strict dist/*
-	$(PY) tests/fresh_environment.py dist/*.whl
+	$(PY) tests/fresh_environment.py dist/*
 
 clean: ## remove builds and caches, but not .venv
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -42,13 +43,17 @@ class OpStatus:
 
 @dataclass(frozen=True)
 class Info:
-    """What `mllm-fast info` prints. `versions` maps a library to its version, None where it is not installed."""
+    """What `mllm-fast info` prints. `versions` maps a library to its version, None where it is not installed.
+
+    `unsupported` maps a library whose version is outside what this package was made for to the versions that are not.
+    """
 
     devices: tuple[Device, ...]
     versions: dict[str, str | None]
     triton: str
     ops: tuple[OpStatus, ...]
     system: str = ""
+    unsupported: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, text: str) -> Info:
@@ -74,10 +79,11 @@ def collect_info() -> Info:
         memory = round(properties.total_memory / 2**30, 1)
         devices.append(Device(f"cuda:{index}", "cuda", f"{properties.name}, {target}", memory))
     statuses = tuple(_status(op, devices[-1].kind) for op in runtime.ops())
-    versions = {"python": platform.python_version(), "mllm-fast": __version__, **{n: _version(n) for n in LIBRARIES}}
+    libraries = {name: library_version(name) for name in LIBRARIES}
+    versions = {"python": platform.python_version(), "mllm-fast": __version__, **libraries}
     unavailable = runtime.triton_unavailable_reason()
     triton = "can run" if unavailable is None else f"cannot run: {unavailable}"
-    return Info(tuple(devices), versions, triton, statuses, platform.platform())
+    return Info(tuple(devices), versions, triton, statuses, platform.platform(), unsupported(libraries))
 
 
 def _status(op: Op, device_type: str) -> OpStatus:
@@ -88,11 +94,33 @@ def _status(op: Op, device_type: str) -> OpStatus:
     return OpStatus(op.name, op.summary, implementation, reason, tuple(details))
 
 
-def _version(distribution: str) -> str | None:
+def library_version(distribution: str) -> str | None:
+    """The version of an installed library, None where there is none. Torch's names the CUDA that it was built for."""
     try:
-        return metadata.version(distribution)
+        found = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+    if distribution != "torch":
+        return found
+    import torch
+
+    return str(torch.__version__)
+
+
+def unsupported(versions: Mapping[str, str | None]) -> dict[str, str]:
+    """The libraries among `versions` that this package was not made for, with the versions that it was made for."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("mllm-fast") or ()
+    except metadata.PackageNotFoundError:  # a checkout that nobody installed
+        return {}
+    found = {}
+    for requirement in map(Requirement, lines):
+        version = versions.get(requirement.name)
+        if version is not None and not requirement.specifier.contains(version, prereleases=True):
+            found[requirement.name] = ",".join(sorted(map(str, requirement.specifier), reverse=True))
+    return found
 
 
 def print_info(info: Info) -> None:
@@ -108,7 +136,8 @@ def print_info(info: Info) -> None:
         devices.add_row(device.name, device.detail, memory)
     versions = Table("library", "version", title="Versions", title_justify="left")
     for library, version in info.versions.items():
-        versions.add_row(library, version or "not installed")
+        made_for = f" (made for {info.unsupported[library]})" if library in info.unsupported else ""
+        versions.add_row(library, f"{version or 'not installed'}{made_for}")
     ops = Table("op", "runs", "because", "what it computes", title="Ops", title_justify="left")
     for op in info.ops:
         ops.add_row(op.name, op.implementation, op.reason, escape(op.summary))

@@ -1,6 +1,6 @@
-"""Installs a wheel into a new virtual environment and uses it there: `python tests/fresh_environment.py dist/*.whl`.
+"""Installs a wheel or an sdist into a new virtual environment and uses it there: `python tests/fresh_environment.py dist/*`.
 
-The environment gets nothing but the wheel. It finds torch and the other requirements in the environment that this is run
+The environment gets nothing but that. It finds torch and the other requirements in the environment that this is run
 with, so that no gigabytes are downloaded; an editable install of this project there does not come along.
 """
 
@@ -49,8 +49,8 @@ print("the installed package works:", mllm_fast.__version__)
 """
 
 
-def check(wheel: Path, folder: Path) -> str:
-    """Make an environment in `folder`, install the wheel, run a smoke test and the command; returns what they print."""
+def check(distribution: Path, folder: Path) -> str:
+    """Make an environment in `folder`, install wheel or sdist, run a smoke test and the command; returns what they print."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     packages = next((folder / "lib").glob("python*")) / "site-packages"
@@ -58,7 +58,8 @@ def check(wheel: Path, folder: Path) -> str:
     libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (packages / "requirements_of_the_host.pth").write_text("".join(f"{path}\n" for path in libraries))
     pip = (sys.executable, "-m", "pip", "--python", python)
-    install = (*pip, "install", "--quiet", "--no-index", "--no-deps", wheel.resolve())
+    # An sdist is built by the setuptools of the host.
+    install = (*pip, "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", distribution.resolve())
     return "".join(
         _run(*command, cwd=folder)
         for command in (
@@ -81,10 +82,12 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Check one wheel."""
-    (wheel,) = map(Path, arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        print(check(wheel, Path(folder)), end="")  # noqa: T201
+    """Check each distribution, in an environment of its own."""
+    if not arguments:
+        sys.exit("usage: python tests/fresh_environment.py FILE...")
+    for distribution in map(Path, arguments):
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{distribution.name}:\n{check(distribution, Path(folder))}", end="")  # noqa: T201
     return 0
 
 

@@ -77,7 +77,7 @@ def load(
 
     Raises:
         ModelNotFoundError: there is no such folder, and the name is neither in the cache nor on a hub that answers.
-        UnreadableModelError: its files are damaged, or hold pickled code.
+        UnreadableModelError: its files are damaged, lack weights, or hold pickled code.
         UnmatchedNameError, NothingToQuantizeError, NothingToFuseError: as `quantize_llm` and `fuse`.
         ValueError: arguments that do not go together, or a checkpoint that is quantised in another way already.
     """
@@ -106,6 +106,8 @@ def load(
     model: nn.Module = _from_pretrained(
         model_class, name_or_path, dtype="auto" if dtype is None else dtype, device_map=device_map, **kwargs
     )
+    if stored is not None and dtype is not None:
+        _cast(model, dtype)
     adopt(model, outliers=outliers)
     if compute_dtype is not None:
         for layer in quantized_layers(model).values():
@@ -171,11 +173,16 @@ def _config(name: str | Path, kwargs: dict[str, Any]) -> Any:
 
 def _from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
     try:
-        return model_class.from_pretrained(name, **kwargs)
+        model, found = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     except OSError as error:
         raise _not_found(name, error) from error
     except (SafetensorError, EOFError, json.JSONDecodeError) as error:
         raise _unreadable(name, error) from error
+    except NotImplementedError as error:
+        if "not implemented for" not in str(error):
+            raise
+        # transformers draws what is missing, and nothing draws bytes.
+        raise _unreadable(name, "quantised weights are missing; was it saved with LoRA in it?") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -183,6 +190,23 @@ def _from_pretrained(model_class: Any, name: str | Path, **kwargs: Any) -> Any:
     except pickle.UnpicklingError as error:
         reason = "it holds pickled objects other than tensors, which can run code; convert it to safetensors where you trust it"
         raise _unreadable(name, reason) from error
+    # transformers makes them up, and says so in a log that few read.
+    if missing := sorted(set(found["missing_keys"]) & {key for key, _ in model.named_parameters()}):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UnreadableModelError(
+            f"the weights in {name} are not those of a whole {model_class.__name__}: {', '.join(missing[:3])}{more} would be "
+            "random numbers. Is a file missing? A model that is meant to begin so goes to fuse and quantize_llm instead"
+        )
+    return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """What is not quantised to `dtype`: out of a quantised checkpoint transformers reads every tensor as it was saved."""
+    kept = model._get_dtype_plan(dtype)  # parts that transformers reads in fp32 whatever the dtype
+    codes = {id(layer.weight) for layer in quantized_layers(model).values()}
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and id(p) not in codes and not any(part in name for part in kept):
+            p.data = p.data.to(dtype)
 
 
 def _unreadable(name: str | Path, reason: object) -> UnreadableModelError:

@@ -2,16 +2,20 @@
 
     python -m tests.compat.environments                    # all of them
     python -m tests.compat.environments transformers-5.17  # some
+    python -m tests.compat.environments newest             # what the newest upstream changed; for a nightly job
     python -m tests.compat.environments --list
 
 Each environment is made once, in `.compat/NAME`. One that changes a pure-Python library lies over the environment that
 runs this command and holds only what differs; one that changes torch or Python is whole, and downloads as much as a fresh
 installation. (Where pip finds builds of torch for CPUs of another version, it takes them; the ordinary ones bring CUDA.)
+
+`newest` need not be supported: it is made anew each time, lists the signatures that changed, and runs only when it is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -31,6 +35,7 @@ PARITY = (
 KERNELS = ("tests/kernels",)
 # They go with the version of transformers, so pip chooses them.
 FOLLOWS_TRANSFORMERS = ("tokenizers", "huggingface-hub", "hf-xet")
+NEWEST = "newest"
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,10 @@ class Environment:
 
     Attributes:
         name: of its folder.
-        pins: distribution to version.
-        tests: what runs there.
+        pins: distribution to version; NEWEST: the newest that there is.
+        tests: what runs there; nothing: signatures are compared, no more.
         python: "3.12", where it is not the Python of this command.
+        overlay: whether it lies over the environment that runs this command.
     """
 
     name: str
@@ -57,9 +63,12 @@ ENVIRONMENTS = (
     Environment("triton-3.6", {"triton": "3.6.0"}, KERNELS),
     Environment("python-3.12", {}, (*PARITY, *KERNELS), "3.12", overlay=False),
     Environment(
-        "oldest", {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}, (*PARITY, *KERNELS), overlay=False
+        # torch 2.11 wants setuptools below 82.
+        "oldest", {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "setuptools": "81.0.0"},
+        (*PARITY, *KERNELS), overlay=False,
     ),
-)
+    Environment(NEWEST, {"transformers": NEWEST, "peft": NEWEST, "bitsandbytes": NEWEST}, ()),
+)  # fmt: skip
 
 
 class CannotBuildError(Exception):
@@ -71,7 +80,12 @@ def constraints(pins: dict[str, str]) -> str:
     replaced = set(pins) | (set(FOLLOWS_TRANSFORMERS) if "transformers" in pins else set())
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.partition("==")[0] not in replaced]
-    return "\n".join([*kept, *(f"{name}=={version}" for name, version in pins.items())]) + "\n"
+    return "\n".join([*kept, *(requirement(*pin) for pin in pins.items() if pin[1] != NEWEST)]) + "\n"
+
+
+def requirement(name: str, version: str) -> str:
+    """A pin as pip takes it."""
+    return name if version == NEWEST else f"{name}=={version}"
 
 
 def build(environment: Environment) -> Path:
@@ -83,7 +97,8 @@ def build(environment: Environment) -> Path:
     folder = FOLDER / environment.name
     python, done = folder / "bin" / "python", folder / "done"
     wanted = constraints(environment.pins)
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+    newest = NEWEST in environment.pins.values()
+    if done.is_file() and done.read_text(encoding="utf-8") == wanted and not newest:
         return python
     base = sys.executable if environment.python is None else shutil.which(f"python{environment.python}")
     if base is None or subprocess.run([base, "--version"], capture_output=True).returncode:
@@ -99,7 +114,9 @@ def build(environment: Environment) -> Path:
         # Found after the overlay's own: Python adds what .pth files name to the end of its path.
         own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
         (own / "over.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-        _run([*pip, *(f"{name}=={version}" for name, version in environment.pins.items())])
+        # Without --upgrade pip is content with what lies below the overlay.
+        upgrade = ["--upgrade"] if newest else []
+        _run([*pip, *upgrade, *(requirement(*pin) for pin in environment.pins.items())])
     else:
         _run([*pip, "setuptools", "wheel"])
         _run([*pip, "--no-build-isolation", "-e", ".[demo,test,bench]"])
@@ -111,25 +128,35 @@ def build(environment: Environment) -> Path:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
-        errors = [line for line in said if "error" in line.lower()]
-        raise CannotBuildError((errors or said)[-1])
+        raise CannotBuildError(reason(done.stderr.strip() or done.stdout.strip()))
+
+
+def reason(said: str) -> str:
+    """What pip or venv failed for, in one line: the versions that do not go together, or the last error."""
+    lines = said.splitlines() or ["no message"]
+    conflict = "The conflict is caused by:"
+    if conflict in lines:
+        parts = itertools.takewhile(str.strip, lines[lines.index(conflict) + 1 :])
+        return "; ".join(part.strip() for part in parts)
+    return ([line for line in lines if "error" in line.lower()] or lines)[-1]
 
 
 def test(environment: Environment, python: Path, arguments: list[str]) -> str:
     """Run its tests; "" where they passed, or what failed."""
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *environment.tests, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        return f"pytest ended with status {done.returncode}"
-    subprocess.run([str(python), "-m", "tests.compat.signatures"], cwd=ROOT)  # shown only: versions may differ
-    return ""
+    if environment.tests:
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *environment.tests, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            return f"pytest ended with status {done.returncode}"
+    changed = subprocess.run([str(python), "-m", "tests.compat.signatures"], cwd=ROOT).returncode
+    # Elsewhere they are only shown: versions that are supported may differ.
+    return "signatures changed" if changed and not environment.tests else ""
 
 
 def main() -> int:
-    """Status 0: all that could be made passed; 1: tests failed; 2: an environment is unknown or could not be made."""
+    """Status 0: all passed; 1: tests failed, or the newest changed; 2: an environment is unknown or could not be made."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="environments (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"environments (default: all but {NEWEST})")
     parser.add_argument("--list", action="store_true", help="list them")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="what follows goes to pytest")
     args = parser.parse_args()
@@ -143,7 +170,7 @@ def main() -> int:
         return 0
     outcomes: dict[str, str] = {}
     missing = False
-    for environment in (known[name] for name in args.names or known):
+    for environment in (known[name] for name in args.names or (name for name in known if name != NEWEST)):
         print(f"== {environment.name}", flush=True)  # noqa: T201
         try:
             outcomes[environment.name] = test(environment, build(environment), args.pytest) or "passed"
@@ -151,7 +178,7 @@ def main() -> int:
             outcomes[environment.name] = f"not run: {error}"
             missing = True
     print(*(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")  # noqa: T201
-    failed = any(outcome.startswith("pytest") for outcome in outcomes.values())
+    failed = any(outcome.startswith(("pytest", "signatures")) for outcome in outcomes.values())
     return 1 if failed else 2 if missing else 0
 
 

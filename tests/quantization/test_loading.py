@@ -132,6 +132,32 @@ def test_dtypes(folder: Path) -> None:
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_dtypes_of_a_quantised_checkpoint(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Fine-tuning leaves such folders: what was trained is fp32 there, beside bf16."""
+    model: Any = mllm_fast.load(folder, kind)
+    model.model.multi_modal_projector.float()
+    model.save_pretrained(tmp_path)
+    expected = tensors(mllm_fast.load(folder, kind))
+    for dtype in (torch.bfloat16, torch.float32):
+        again = mllm_fast.load(tmp_path, dtype=dtype)
+        codes = {id(layer.weight) for layer in quantized_layers(again).values()}
+        assert {p.dtype for p in again.parameters() if p.is_floating_point() and id(p) not in codes} == {dtype}
+        with torch.no_grad():
+            again(**systems.inputs("llava", dtype))
+    assert_equal_bytes(tensors(mllm_fast.load(tmp_path)), expected)
+    as_saved = {p.dtype for p in mllm_fast.load(tmp_path, dtype=None).parameters() if p.is_floating_point()}
+    assert as_saved == {torch.float32, torch.bfloat16}
+
+
+def test_parts_that_are_kept_in_fp32_stay(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm_fast.load(folder, "nf4", dtype=torch.float32).save_pretrained(tmp_path)  # type: ignore[operator]
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_keep_in_fp32_modules_strict", ["linear_2"])
+    model: Any = mllm_fast.load(tmp_path, dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.model.multi_modal_projector.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"linear_2.weight", "linear_2.bias"}
+
+
 def test_without_quantising_and_without_fusing(folder: Path) -> None:
     model = mllm_fast.load(folder)
     assert type(model).__qualname__ == "FusedLlavaForConditionalGeneration"

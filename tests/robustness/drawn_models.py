@@ -6,7 +6,7 @@ Each strategy gives a `Drawn`: a model with all its parameters drawn, and what r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,21 +23,34 @@ seeds = st.integers(0, 99)
 
 @dataclass(frozen=True)
 class Drawn:
-    """A model in fp64, and its outputs and gradients on inputs that are the same each time."""
+    """A model in fp64, and its outputs and gradients on inputs that are the same each time.
+
+    `peer` stands for the model where upstream's own code does not run in fp64, `options` are those of `fuse`.
+    """
 
     model: nn.Module
     results: Callable[[nn.Module], Results]
+    peer: nn.Module | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def passing(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[nn.Module], Results]:
-    """What calls `call(model, **inputs)` on fresh leaves."""
+def passing(
+    call: Callable[..., Tensor], inputs: dict[str, Tensor], fixed: torch.dtype | None = None
+) -> Callable[[nn.Module], Results]:
+    """What calls `call(model, **inputs)` on fresh leaves in the model's dtype, with values that 16 bits hold exactly.
+
+    `fixed` takes the place of the model's dtype.
+    """
+    given = {name: t.bfloat16().half() if t.is_floating_point() else t for name, t in inputs.items()}
 
     def results(model: nn.Module) -> Results:
+        dtype = fixed or next(t.dtype for t in model.parameters() if t.is_floating_point())
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
         model.zero_grad(set_to_none=True)
-        leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items() if t.is_floating_point()}
-        found = backward_results(call(model, **(inputs | leaves)), leaves, model)
+        leaves = {name: t.clone().requires_grad_() for name, t in cast.items() if t.is_floating_point()}
+        found = backward_results(call(model, **(cast | leaves)), leaves, model)
         with torch.no_grad():  # what was kept by now may serve these
-            return found | {f"again {i}": call(model, **inputs) for i in range(2)}
+            return found | {f"again {i}": call(model, **cast) for i in range(2)}
 
     return results
 
@@ -170,7 +183,12 @@ def idefics2_models(draw: st.DrawFn) -> Drawn:
         "resampler_depth": draw(st.integers(1, 2)), "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
         "resampler_head_dim": draw(st.sampled_from([8, 20])),
     }  # fmt: skip
-    return Drawn(test_idefics2.model(draw(seeds), **options).double(), passing(logits, test_idefics2.inputs()))
+    inputs = test_idefics2.inputs()
+    for sample, image in ((0, 0), (0, 1), (1, 0)):  # each cut to the right and below; the last one is padding
+        height, width = (draw(st.sampled_from([14, 28, 42, 56])) for _ in range(2))
+        inputs["pixel_attention_mask"][sample, image] = False
+        inputs["pixel_attention_mask"][sample, image, :height, :width] = True
+    return Drawn(test_idefics2.model(draw(seeds), **options).double(), passing(logits, inputs))
 
 
 @st.composite
@@ -178,7 +196,11 @@ def mllamas(draw: st.DrawFn) -> Drawn:
     options = {"num_key_value_heads": draw(st.sampled_from([1, 2, 4]))}
     attention = draw(st.sampled_from(["sdpa", "eager"]))
     model = test_mllama.model(draw(seeds), attention, **options).double()
-    return Drawn(model, passing(logits, test_mllama.inputs(rows_without_image=draw(st.booleans()))))
+    inputs = test_mllama.inputs(rows_without_image=draw(st.booleans()))
+    if draw(st.booleans()):  # any tiles in any order, where a processor gives a beginning of each image
+        generator = torch.Generator().manual_seed(draw(seeds))
+        inputs["cross_attention_mask"] = torch.randint(2, inputs["cross_attention_mask"].shape, generator=generator)
+    return Drawn(model, passing(logits, inputs))
 
 
 @st.composite

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 import mllm_fast
@@ -209,6 +211,34 @@ def test_models(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         lines = [line for line in said.splitlines() if "mllm-fast: error:" in line]
         assert len(lines) == 1, said
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("llm", [None, "nf4", "int8"])
+def test_weights_that_are_not_there(
+    llm: str | None, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would draw them at random and go on."""
+    copied = Path(shutil.copytree(folder, tmp_path / "llava"))
+    state = load_safetensors((copied / "model.safetensors").read_bytes())
+    gone = [name for name in state if "o_proj" in name]
+    assert len(gone) == 2
+    rest = {name: value for name, value in state.items() if name not in gone}
+    (copied / "model.safetensors").write_bytes(save_safetensors(rest, metadata={"format": "pt"}))
+    command = ["generate", str(copied), str(folder.parent / "image.png"), "--device", "cpu"]
+    assert cli.main([*command, *(("--llm", llm) if llm else ())]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    assert str(copied) in said and "self_attn.o_proj.weight" in said and "random" in said
+
+
+def test_a_folder_with_lora_in_it(folder: Path, tmp_path: Path) -> None:
+    """The names in such a file are those of a model that PEFT has adapted; no plain model has them."""
+    for llm, says in ((None, "adapted are not those of a whole Llava"), ("nf4", "adapted cannot be read.*LoRA in it")):
+        model: Any = mllm_fast.load(folder, llm=llm, device="cpu")
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+        model.save_pretrained(tmp_path / "adapted")
+        with pytest.raises(ValueError, match=says):
+            mllm_fast.load(tmp_path / "adapted", device="cpu")
 
 
 def test_quantised_models(tmp_path: Path) -> None:

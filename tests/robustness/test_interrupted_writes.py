@@ -49,6 +49,12 @@ WRITERS = {
         "from mllm_fast.models.llava_checkpoint import save_projector\nmodel = model(seed=limit)",
         "save_projector(model, path, overwrite=True)",
     ),
+    "trained.safetensors": (
+        "from mllm_fast.finetune.checkpoint import Checkpoint, write\n"
+        "run = dict(batches=0, optimizer={}, schedule={}, random=[], changed={}, losses=torch.zeros(500))\n"
+        "checkpoint = Checkpoint(step=limit, trained={'w': torch.full((999,), float(limit))}, **run)",
+        "write(path.parent, checkpoint, plan='', summary={'rows': list(range(400))})",
+    ),
     "verify.json": (
         "from mllm_fast.verification import Compared, VerifyReport\n"
         "rows = tuple(Compared(f'output {i}', (limit,), 1.0, 1.0, True) for i in range(99))\n"
