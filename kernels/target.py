@@ -24,6 +24,11 @@ _of_meta_tensors: Arch = "sm_90"
 _NOTHING = contextlib.nullcontext()
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; meta tensors have none. (torch 2.11 cannot trace torch's own question.)"""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def arch_of(device: torch.device) -> Arch:
     """The nearest architecture that configurations exist for; sm_90 under the interpreter."""
     return _of_meta_tensors if device.type == "meta" else _arch_of(device)

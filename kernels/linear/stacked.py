@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..norm.op import Norm, check_norm
+from ..target import autocasts
 from . import reference
 from .call import Group
 from .op import check_linear
@@ -79,8 +80,7 @@ def stack_weights(
     first = weights[0]
     # Folding is arithmetic on parameters: autocast must not lower it.
     device = first.device.type
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext():
         folded = [_fold(w, b, norm) for w, b, norm in zip(weights, biases, norms, strict=True)]
         weight = torch.cat([w for w, _ in folded])
         if all(b is None for _, b in folded):

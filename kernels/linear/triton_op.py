@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from .. import runtime, seeds
 from ..norm.configs import MAX_WIDTH
 from ..norm.op import Norm, layer_norm, normalize, rms_norm
+from ..target import autocasts
 from . import registered, triton_backward, triton_launch
 from .call import NO_EXTRAS, Extras, Group, Numbers, Saved, flatten, kept, unflatten
 from .configs import MAX_HEAD, MAX_HEAD_FP32
@@ -39,7 +40,7 @@ def unsupported(groups: Sequence[Group], extras: Extras, numbers: Numbers) -> st
         if group.x.dtype != x_dtype or group.weight.dtype != dtype:
             return f"{_KERNELS} take groups of one dtype, not {group.x.dtype} beside {x_dtype}"
     gate_weight = extras.gate_weight
-    if x_dtype != dtype and not (numbers.norm and _autocast(first.x.device.type)):
+    if x_dtype != dtype and not (numbers.norm and autocasts(first.x.device.type)):
         return f"{_KERNELS} take one dtype outside autocast, not {x_dtype} beside {dtype}"
     if gate_weight is not None and gate_weight.dtype != dtype:
         return f"{_KERNELS} take one dtype outside autocast, not {gate_weight.dtype} beside {dtype}"
@@ -77,7 +78,7 @@ def attempt(
         BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
     device_type = groups[0].x.device.type
-    low = torch.get_autocast_dtype(device_type) if _autocast(device_type) else None
+    low = torch.get_autocast_dtype(device_type) if autocasts(device_type) else None
     plain = tuple(map(functools.partial(_plain_group, low), groups, norms, residual_norms))
     if extras is not NO_EXTRAS or head_norm is not None:
         extras = _plain_extras(low, extras, head_norm)
@@ -107,10 +108,6 @@ def similar(groups: Sequence[Group], norms: Sequence[Norm | None], residual_norm
         for group, norm, rnorm in zip(groups, norms, residual_norms, strict=True)
     }
     return len(signs) == 1 and len({group.weight.shape for group in groups}) == 1
-
-
-def _autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _kind(norm: Norm | None) -> str:
@@ -221,7 +218,7 @@ def linear_residual(
     if norm is not None and residual_norm is None:
         y = attempt([Group(x, weight, bias)], norms=[None])
         return None if y is None else _add_and_normalize(y, norm, residual, dropout_p, seed)
-    if residual_norm is not None and _autocast(x.device.type):
+    if residual_norm is not None and autocasts(x.device.type):
         # Under autocast a norm decides on the dtype of its result.
         residual, residual_norm = normalize(residual, residual_norm), None
     out = attempt(
@@ -258,7 +255,7 @@ def grouped_linear(
     Raises:
         BackendUnavailableError: Triton is forced, and cannot serve this call.
     """
-    if any(norm is not None for norm in residual_norms) and _autocast(groups[0].x.device.type):
+    if any(norm is not None for norm in residual_norms) and autocasts(groups[0].x.device.type):
         groups = [
             group
             if norm is None or group.residual is None

@@ -186,10 +186,13 @@ def read_trained(folder: str | Path, *, best: bool = False) -> dict[str, Tensor]
         best: those of the best evaluation instead of the last ones.
 
     Raises:
-        NoCheckpointError: they are not there.
+        NoCheckpointError: they are not there, or the file is damaged.
     """
     path = Path(folder) / (BEST_FILE if best else TRAINED_FILE)
     if not path.is_file():
         raise NoCheckpointError(f"no {path.name} in {folder}; expected the folder of a run")
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except SafetensorError as error:
+        raise NoCheckpointError(f"{path} is damaged ({error}); expected a complete safetensors file") from error

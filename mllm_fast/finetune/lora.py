@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -34,9 +34,11 @@ class Lora:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
+        if self.targets == ALL_LINEAR:
+            object.__setattr__(self, "targets", (ALL_LINEAR,))
         if isinstance(self.targets, str):
             raise ValueError(f"targets is the string {self.targets!r}; expected a tuple of names, ({self.targets!r},)")
         if self.r < 1 or not self.targets:

@@ -170,6 +170,8 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(NoCheckpointError, match="is damaged"):
         run(tmp_path, 5, resume=True)
+    with pytest.raises(NoCheckpointError, match=r"trained.safetensors is damaged \(.*expected a complete"):
+        read_trained(tmp_path)
 
 
 class Momentum(nn.Module):

@@ -148,7 +148,7 @@ def test_qformer(samples: int, dropout: float, dtype: torch.dtype) -> None:
 
 @dtypes
 @pytest.mark.parametrize(("targets", "train"), [
-    (("q_proj", "v_proj"), "lora"), (("all-linear",), "projection+lora"), (("layers.2.self_attn.q_proj",), "lora"),
+    (("q_proj", "v_proj"), "lora"), ("all-linear", "projection+lora"), (("layers.2.self_attn.q_proj",), "lora"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["nf4", None])
 def test_lora(targets: tuple[str, ...], train: str, kind: str | None, dtype: torch.dtype) -> None:
