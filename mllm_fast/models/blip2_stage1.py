@@ -29,7 +29,7 @@ from ..modules.rows import Parts
 from .contrast import Share, contrast, hard_negatives, similarities
 from .gathering import gathered
 from .packed_text import PackedText, attend_apart, attend_together
-from .stage1_passes import check_pairs, explicit_losses
+from .stage1_passes import check_pairs, check_text, explicit_losses
 from .text_decoder import decode_text
 
 
@@ -144,7 +144,7 @@ class Blip2Stage1(nn.Module):
             ValueError: a missing or misshapen mask, padding elsewhere than on the right, other than one text an image,
                 fewer than two pairs, or a different number in another process.
         """
-        self._check_text(input_ids, attention_mask)
+        check_text(input_ids, attention_mask)
         if state_of(self.retrieval.qformer) is None:
             features = self._features(pixel_values, features)
             return explicit_losses(self, input_ids, attention_mask, features, negatives, across_processes)
@@ -176,7 +176,7 @@ class Blip2Stage1(nn.Module):
         features: Tensor | None = None,
     ) -> Tensor:
         """Cosine similarity [I, B] of every image with every text, by the best query (`use_image_text_matching_head=False`)."""
-        self._check_text(input_ids, attention_mask)
+        check_text(input_ids, attention_mask)
         images = self._images(pixel_values, features, once=True)
         text = PackedText.right_padded(attention_mask)
         return self._similarities(self._query_pass(images)[0], self._text_pass(self._look_up(input_ids, text), text))[0]
@@ -197,7 +197,7 @@ class Blip2Stage1(nn.Module):
             pixel_values: [I, C, H, W], or `features` [I, M, D_image].
             image_index: [B], the image of each text; default: text b has image b // (B / I).
         """
-        self._check_text(input_ids, attention_mask)
+        check_text(input_ids, attention_mask)
         images, text = self._images(pixel_values, features), PackedText.of(attention_mask)
         return self._match(images, self._look_up(input_ids, text), text, image_index)
 
@@ -396,11 +396,3 @@ class Blip2Stage1(nn.Module):
             return F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
         total = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing, reduction="sum")
         return total * (share.processes / share.supervised)
-
-    def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        if attention_mask is None or attention_mask.shape != input_ids.shape:
-            given = "missing" if attention_mask is None else f"of shape {tuple(attention_mask.shape)}"
-            raise ValueError(
-                f"attention_mask is {given}; expected {tuple(input_ids.shape)} as input_ids has, 1 for a token and 0 for "
-                "padding"
-            )

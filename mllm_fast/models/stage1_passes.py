@@ -72,6 +72,15 @@ def check_pairs(features: Tensor, text: PackedText) -> None:
         raise ValueError(f"got {features.shape[0]} images and {text.texts} texts; a step needs one text for each image")
 
 
+def check_text(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise ValueError unless the mask has the shape of the tokens."""
+    if attention_mask is None or attention_mask.shape != input_ids.shape:
+        given = "missing" if attention_mask is None else f"of shape {tuple(attention_mask.shape)}"
+        raise ValueError(
+            f"attention_mask is {given}; expected {tuple(input_ids.shape)} as input_ids has, 1 for a token and 0 for padding"
+        )
+
+
 def _matching_loss(r: nn.Module, ids: Tensor, mask: Tensor, image: Tensor, right: Tensor) -> Tensor:
     """Cross entropy of pairs [N] that are seen together, queries and text both ways."""
     queries = r.query_tokens.expand(len(ids), -1, -1)

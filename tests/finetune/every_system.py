@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
+import mllm_fast
 from mllm_fast.models.blip2_stage1 import Blip2Stage1
 from tests.families import blip_models, builders, llava_models, qformers, test_idefics2, test_mllama
 from tests.models import flamingo_models, helpers, minigpt4_models, mplug_owl_models, test_blip_pretraining
+from tests.quantization import systems as quantizable
 
 Batch = dict[str, Any]
 
@@ -138,3 +140,18 @@ def built(name: str) -> tuple[nn.Module, Batch]:
     model = SYSTEMS[name].build()
     torch.manual_seed(1)
     return model.train(), SYSTEMS[name].batch()
+
+
+def nf4(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A model whose language model is quantised, in training mode."""
+    model = quantizable.SYSTEMS[name]().to(dtype)
+    mllm_fast.quantize_llm(model, "nf4")
+    return model.train()
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a refused request must leave as it was."""
+    return {
+        "modules": {name: (type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()},
+        "parameters": {name: (id(p), p.requires_grad, p.dtype, p.data_ptr()) for name, p in model.named_parameters()},
+    }
