@@ -190,8 +190,9 @@ def _value(value: Any, hint: Any, at: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
-        (hint,) = [each for each in inner if each is not type(None)]
-        return _value(value, hint, at)
+        first, *others = (each for each in inner if each is not type(None))
+        word = next((each for each in others if value in typing.get_args(each)), first)
+        return _value(value, word, at)
     if is_dataclass(hint):
         return _object(hint, value, f"{at}.")
     if origin is Literal and value in inner:

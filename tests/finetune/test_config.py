@@ -54,6 +54,12 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert config.features == str(tmp_path / "cache")
 
 
+def test_all_linear_layers(tmp_path: Path) -> None:
+    assert "targets: [q_proj, v_proj]" in WHOLE
+    config = read(tmp_path, WHOLE.replace("targets: [q_proj, v_proj]", "targets: all-linear"))
+    assert config.lora == Lora(r=4, alpha=8.0, targets=("all-linear",))
+
+
 def test_the_least(tmp_path: Path) -> None:
     config = read(tmp_path, LEAST)
     assert (config.model, config.data.path, config.output) == ("org/name", "org/data", "/runs/one")
