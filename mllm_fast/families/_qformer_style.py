@@ -17,7 +17,7 @@ from ..modules.qformer import run_layer
 from ..modules.qformer_projections import absorbs, project_images
 from ..modules.qformer_spec import AttentionNames, FfnNames, Layer, LayerCall, QFormerLayerSpec
 from ..modules.rows import Parts, Rows, defers_norm, joined, may_defer
-from ..modules.state import FusedState, Options
+from ..modules.state import FusedState, Options, plain_state
 from . import CannotFuseError, state_of
 from ._transformers import KNOWN_ATTENTION, activation_name, asked_for, hooked, watched
 
@@ -79,9 +79,7 @@ class LayerState:
 class ModelState:
     """Mixin of the drop-ins that have no spec of their own."""
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
 
 def run(layer: nn.Module, x: Tensor | Parts, source: Tensor | None, call: LayerCall) -> Any:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.blip.modeling_blip import BlipAttention, BlipForImageTextRetrieval
 
 from .. import ops
 from ..modules import children
-from ..modules.media_context import MediaContext
-from ..modules.state import FusedState, Options
+from ..modules.state import FusedState, plain_state
 from . import named_like_upstream
 from ._transformers import asked_for, hooked, model_dropin
 from .blip_text import KEEP, ROWS
@@ -25,9 +24,7 @@ class FusedBlipForImageTextRetrieval(BlipForImageTextRetrieval):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def itm_logits(
         self,
@@ -74,9 +71,7 @@ class FusedBlipAttention(BlipAttention):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As upstream: [B, L, D] -> [B, L, D], and the probabilities where they are asked for, else None."""

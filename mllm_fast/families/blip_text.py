@@ -21,7 +21,7 @@ from ..modules import children, med
 from ..modules.med import AttentionNames, MakeMask, MedLayerSpec, MedPass
 from ..modules.media_context import MediaContext, one_row_each
 from ..modules.rows import Rows, may_defer
-from ..modules.state import FusedState, Options, readable_on_host
+from ..modules.state import FusedState, Options, plain_state, readable_on_host
 from . import named_like_upstream, state_of
 from ._blip_cache import ImageCacheLayer, capacity, is_static, made_once, positions, room_for, split, static_mask
 from ._transformers import activation_name, asked_for, hooked, model_dropin, watched
@@ -158,9 +158,7 @@ class FusedBlipTextModel(BlipTextModel):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     @functools.wraps(BlipTextModel.forward, assigned=())
     def forward(self, *args: Any, image_index: Tensor | None = None, **kwargs: Any) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.flamingo import Flamingo
-from ..modules.media_context import MediaContext
-from ..modules.state import FusedState, Options
+from ..modules.state import FusedState, plain_state
 from . import named_like_upstream
 
 
@@ -16,9 +15,7 @@ class FusedFlamingo(Flamingo):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def _encode(self, images: Tensor, frames: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         graphs = self._mllm_fast.graphs

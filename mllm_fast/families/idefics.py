@@ -22,7 +22,7 @@ from ..modules.gated_cross_attention import GatedCrossAttentionSpec, Names, gate
 from ..modules.graphs import replayed
 from ..modules.media_context import MediaContext, one_row_each
 from ..modules.perceiver_resampler import LayerNames, PerceiverResamplerSpec, resample
-from ..modules.state import FusedState, Options, readable_on_host
+from ..modules.state import FusedState, Options, plain_state, readable_on_host
 from . import CannotFuseError, named_like_upstream, state_of
 from ._ahead import KEYS_VALUES, project_ahead, taken
 from ._transformers import activation_name, model_dropin
@@ -256,9 +256,7 @@ class FusedIdeficsDecoupledEmbedding(IdeficsDecoupledEmbedding):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """As upstream: [B, L] -> [B, L, D]; ids from num_embeddings on are rows of the additional table."""
@@ -275,9 +273,7 @@ class FusedIdeficsModel(IdeficsModel):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; text rows may be a multiple of the image rows (beams share their sample's images)."""
@@ -330,9 +326,7 @@ class FusedIdeficsForVisionText2Text(IdeficsForVisionText2Text):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -26,7 +26,7 @@ from .. import ops
 from ..modules.graphs import replayed
 from ..modules.media_context import MediaContext
 from ..modules.projector import ProjectorSpec, project, text_rows
-from ..modules.state import FusedState, Options, readable_on_host
+from ..modules.state import FusedState, Options, plain_state, readable_on_host
 from . import CannotFuseError, named_like_upstream, state_of
 from ._transformers import activation_name, hooked, model_dropin
 
@@ -242,9 +242,7 @@ class FusedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream."""

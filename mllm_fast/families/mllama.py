@@ -29,7 +29,7 @@ from ..modules.gated_cross_attention import (
     project_keys_values,
 )
 from ..modules.media_context import MediaContext
-from ..modules.state import FusedState, Options
+from ..modules.state import FusedState, Options, plain_state
 from . import CannotFuseError, named_like_upstream
 from ._transformers import activation_name, asked_for, hooked, model_dropin
 
@@ -66,9 +66,7 @@ class FusedMllamaModel(MllamaModel):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     @functools.wraps(MllamaModel.forward, assigned=())
     def forward(self, *args: Any, **kwargs: Any) -> Any:

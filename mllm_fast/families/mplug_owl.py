@@ -16,7 +16,7 @@ from ..models.mplug_owl_vision import (
     MplugOwlVisualAbstractorLayer,
 )
 from ..modules.media_context import MediaContext
-from ..modules.state import FusedState, Options
+from ..modules.state import FusedState, Options, plain_state
 from ..modules.vision_layer import VisionLayerSpec, run_vision_layer
 from ..modules.visual_abstractor import AbstractorLayerSpec, Layer, LayerNames, project_image, run_layer
 from . import named_like_upstream, state_of
@@ -115,9 +115,7 @@ class FusedMplugOwlVisualAbstractorEncoder(MplugOwlVisualAbstractorEncoder):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def forward(
         self,

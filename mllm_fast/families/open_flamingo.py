@@ -22,7 +22,7 @@ from ..modules.gated_cross_attention import (
 from ..modules.graphs import replayed
 from ..modules.media_context import MediaContext, one_row_each
 from ..modules.perceiver_resampler import resample
-from ..modules.state import FusedState, Options, readable_on_host
+from ..modules.state import FusedState, Options, plain_state, readable_on_host
 from . import named_like_upstream
 from ._ahead import KEYS_VALUES, project_ahead, taken
 from ._flamingo_style import block_hooked, block_spec, resampler_hooked, resampler_spec
@@ -191,9 +191,7 @@ class FusedFlamingoLMMixin(FlamingoLMMixin):
 
     _mllm_fast: FusedState
 
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         layers, fixed = self._get_decoder_layers(), self._mllm_fast.fixes("generated_image_tokens")

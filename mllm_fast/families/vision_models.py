@@ -18,7 +18,7 @@ from transformers.models.instructblipvideo.modeling_instructblipvideo import (
 
 from ..modules.graphs import replayed
 from ..modules.media_context import MediaContext
-from ..modules.state import FusedState, Options, needs_graph
+from ..modules.state import FusedState, Options, needs_graph, plain_state
 from ..modules.vision_layer import VisionLayerSpec, run_vision_layer
 from . import named_like_upstream
 from ._transformers import activation_name, model_dropin, runs_plain
@@ -84,9 +84,7 @@ class FusedInstructBlipVideoEncoderLayer(InstructBlipVideoEncoderLayer, _LayerSt
 
 
 class _State:
-    @classmethod
-    def fused_state(cls, module: nn.Module, options: Options, context: MediaContext) -> FusedState:
-        return FusedState(type(module), options, None, context)
+    fused_state = staticmethod(plain_state)
 
 
 @model_dropin

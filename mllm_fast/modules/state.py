@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -204,3 +204,8 @@ class FusedState:
         self.__dict__.update(state)
         self.derived = Derived()
         self.graphs = Graphs() if state["graphs"] else None
+
+
+def plain_state(module: nn.Module, options: Options, context: Any) -> FusedState:
+    """`fused_state` of a drop-in that needs no description of its module, `context` being the model's `MediaContext`."""
+    return FusedState(type(module), options, None, context)

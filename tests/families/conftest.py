@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -35,3 +35,20 @@ def gpu() -> Iterator[FakeGpu]:
         warnings.simplefilter("ignore")  # Triton looks at the addresses of fake tensors, which are 0
         with fake_gpu() as fake:
             yield fake
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One entry for each decoder layer that is trained through its own way."""
+    from tests.families.frozen_decoders import count_layers  # here: most tests need none of its models
+
+    return count_layers(monkeypatch)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before or after, and the counters of what is compiled at 0."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,19 +37,12 @@ from tests.families.upstream_versions import MLLAMA_STATIC_CACHE
 from tests.models import helpers, minigpt4_models, mplug_owl_models
 
 # Of the two language models that each Q-Former is built for, one: what is compiled of them is transformers' own.
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 systems = pytest.mark.parametrize(
     "system", [s for s in SYSTEMS if s.name not in ("blip2_t5", "instructblip_opt")], ids=str
 )
 # Where gated blocks read media, and how wide these are; no other weight has such rows.
 MEDIA_WIDTHS = {"open_flamingo": MEDIA_DIM, "idefics": MEDIA_DIM, "flamingo": helpers.VISION_DIM}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Backend:

@@ -7,7 +7,7 @@ by one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,19 +24,11 @@ from tests.kernels.triton_device import INTERPRETING, poisoned  # noqa: F401
 if not INTERPRETING:
     pytest.skip("test_interpreter.py runs it in Triton's interpreter", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "fresh_compiler")
 
 TOKENS = 3
 # A gated block's decode step; its media's keys and values are the step's inputs.
 BLOCK = ["norm_linear", "attention", "linear_residual", "norm_linear gelu", "linear_residual"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class CountingBackend(Backend):

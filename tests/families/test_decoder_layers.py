@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families.frozen_decoders import KINDS, SEVEN, SIZES, adapted, close, count_layers, fused, inputs, results
+from tests.families.frozen_decoders import KINDS, SEVEN, SIZES, adapted, close, fused, inputs, results
 from tests.families.quantized_layers import error
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One entry for each layer that ran its own way."""
-    return count_layers(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

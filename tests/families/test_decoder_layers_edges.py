@@ -14,14 +14,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import mllm_fast
-from tests.families.frozen_decoders import adapted, close, count_layers, fused, inputs, results
+from tests.families.frozen_decoders import adapted, close, fused, inputs, results
 from tests.families.quantized_layers import assert_equal_bytes, error, tensors
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One entry for each layer that ran its own way."""
-    return count_layers(monkeypatch)
 
 
 def _hooked(path: str) -> Callable[[Any], Any]:

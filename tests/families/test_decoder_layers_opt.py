@@ -24,7 +24,6 @@ from tests.families.frozen_decoders import (
     SIX,
     adapted,
     close,
-    count_layers,
     fused,
     inputs,
     layers_of,
@@ -37,12 +36,6 @@ from tests.finetune.saved import saving
 
 def opt(kind: str = "nf4", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return adapted("OPT", kind, dtype, **{"targets": SIX} | options)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One entry for each layer that ran its own way."""
-    return count_layers(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

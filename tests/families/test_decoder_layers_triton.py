@@ -8,19 +8,13 @@ import pytest
 import torch
 
 import mllm_fast
-from tests.families.frozen_decoders import adapted, close, count_layers, fused, inputs, results
+from tests.families.frozen_decoders import adapted, close, fused, inputs, results
 from tests.kernels.triton_device import INTERPRETING, poisoned  # noqa: F401
 
 if not INTERPRETING:
     pytest.skip("test_interpreter.py runs it in Triton's interpreter", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One entry for each layer that ran its own way."""
-    return count_layers(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
