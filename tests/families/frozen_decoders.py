@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -143,3 +144,13 @@ def count_layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(decoder_layers, "mlp_residual", counted)
     return seen
+
+
+def hooked(path: str) -> Callable[[Any], Any]:
+    """Doubles what the child at `path` of every layer gives."""
+    return lambda model: [
+        layer.get_submodule(path).register_forward_hook(
+            lambda _, __, y: (2 * y[0], *y[1:]) if isinstance(y, tuple) else 2 * y
+        )
+        for layer in layers_of(model)
+    ]

@@ -14,17 +14,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import mllm_fast
-from tests.families.frozen_decoders import adapted, close, fused, inputs, results
+from tests.families.frozen_decoders import SIX, adapted, close, fused, hooked, inputs, layers_of, results
 from tests.families.quantized_layers import assert_equal_bytes, error, tensors
-
-
-def _hooked(path: str) -> Callable[[Any], Any]:
-    return lambda model: [
-        layer.get_submodule(path).register_forward_hook(
-            lambda _, __, y: (2 * y[0], *y[1:]) if isinstance(y, tuple) else 2 * y
-        )
-        for layer in model.model.layers
-    ]
 
 
 def _without_adapters(model: Any) -> None:
@@ -44,14 +35,22 @@ def _wider_norm(model: Any) -> None:
 
 
 UPSTREAM: dict[str, Callable[[Any], Any]] = {
-    "hook on the attention": _hooked("self_attn"),
-    "hook on the MLP": _hooked("mlp"),
-    "hook on a projection": _hooked("mlp.up_proj"),
-    "hook on a norm": _hooked("input_layernorm"),
+    "hook on the attention": hooked("self_attn"),
+    "hook on the MLP": hooked("mlp"),
+    "hook on a projection": hooked("mlp.up_proj"),
+    "hook on a norm": hooked("input_layernorm"),
     "adapters off": _without_adapters,
     "trained norm": _trained_norm,
     "wider norm": _wider_norm,
 }
+
+
+# A decoder of LLaMA's kind, and OPT's with its other parts.
+BOTH = pytest.mark.parametrize("name", ["Llama", "OPT"])
+
+
+def model_of(name: str) -> Any:
+    return adapted(name, targets=SIX) if name == "OPT" else adapted(name)
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
@@ -71,8 +70,10 @@ def test_dora(calls: list[Any]) -> None:
     assert not calls
 
 
-def test_attention_weights_on_request(calls: list[Any]) -> None:
-    upstream = adapted()
+@BOTH
+def test_attention_weights_on_request(name: str, calls: list[Any]) -> None:
+    """Eager attention is given a mask of floating point, which is added as it is."""
+    upstream = model_of(name)
     ours = fused(upstream)
     for model in (ours, upstream):
         model.set_attn_implementation("eager")
@@ -95,17 +96,22 @@ def test_without_a_gradient(calls: list[Any]) -> None:
     assert not calls
 
 
-def test_hidden_states_on_request() -> None:
-    upstream, given = adapted(), inputs()
+@BOTH
+def test_hidden_states_on_request(name: str, calls: list[Any]) -> None:
+    upstream, given = model_of(name), inputs()
     ours = fused(upstream)
     found, expected = (m(**given, output_hidden_states=True).hidden_states for m in (ours, upstream))
     assert len(found) == len(expected) == 3
     for mine, theirs in zip(found, expected, strict=True):
         assert error(mine, theirs.double()) < 5e-6
+    # The recording leaves hooks behind, which do nothing from then on.
+    close(results(ours, given), results(upstream, given), 1e-5)
+    assert len(calls) == 2
 
 
-def test_a_cache_is_filled(calls: list[Any]) -> None:
-    upstream, given = adapted("Mistral"), inputs(padded=False)
+@pytest.mark.parametrize("name", ["Mistral", "OPT"])
+def test_a_cache_is_filled(name: str, calls: list[Any]) -> None:
+    upstream, given = model_of(name), inputs(padded=False)
     ours = fused(upstream)
     caches = [DynamicCache(config=m.config) for m in (ours, upstream)]
     mine, theirs = (
@@ -162,15 +168,16 @@ def test_dropout(calls: list[Any]) -> None:
     assert calls
 
 
-def test_fusing_and_unfusing() -> None:
-    upstream = adapted()
+@BOTH
+def test_fusing_and_unfusing(name: str) -> None:
+    upstream = model_of(name)
     ours = copy.deepcopy(upstream)
     assert not [row for row in mllm_fast.fuse(ours).fused if "DecoderLayer" in row.now]
     report = mllm_fast.fuse(ours, training=True)
-    assert {row.now for row in report.fused} == {"FusedLlamaDecoderLayer"}
-    layer: Any = ours.model.layers[0]
-    assert type(layer).__name__ == "LlamaDecoderLayer"
-    assert isinstance(layer, type(upstream.model.layers[0]))
+    assert {row.now for row in report.fused} == {f"Fused{name}DecoderLayer"}
+    layer = layers_of(ours)[0]
+    assert type(layer).__name__ == f"{name}DecoderLayer"
+    assert isinstance(layer, type(layers_of(upstream)[0]))
     assert_equal_bytes(tensors(ours), tensors(upstream))
     twin = copy.deepcopy(ours)
     close(results(twin, inputs()), results(ours, inputs()), 1e-12)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 import mllm_fast
 from mllm_fast.families.decoder_layers import _OPT, _calls
@@ -25,11 +24,12 @@ from tests.families.frozen_decoders import (
     adapted,
     close,
     fused,
+    hooked,
     inputs,
     layers_of,
     results,
 )
-from tests.families.quantized_layers import assert_equal_bytes, error, tensors
+from tests.families.quantized_layers import error
 from tests.finetune.every_system import SYSTEMS, built
 from tests.finetune.saved import saving
 
@@ -111,24 +111,15 @@ def test_what_is_kept_for_backward(targets: tuple[str, ...], padded: bool, activ
         assert saved.bytes[layer] == expected, saved.shapes[layer]
 
 
-def _hooked(path: str) -> Callable[[Any], Any]:
-    return lambda model: [
-        layer.get_submodule(path).register_forward_hook(
-            lambda _, __, y: (2 * y[0], *y[1:]) if isinstance(y, tuple) else 2 * y
-        )
-        for layer in layers_of(model)
-    ]
-
-
 def _each(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda model: [change(layer) for layer in layers_of(model)]
 
 
 UPSTREAM: dict[str, Callable[[Any], Any]] = {
-    "hook on the attention": _hooked("self_attn"),
-    "hook on the activation": _hooked("activation_fn"),
-    "hook on a projection": _hooked("fc2"),
-    "hook on a norm": _hooked("final_layer_norm"),
+    "hook on the attention": hooked("self_attn"),
+    "hook on the activation": hooked("activation_fn"),
+    "hook on a projection": hooked("fc2"),
+    "hook on a norm": hooked("final_layer_norm"),
     "another activation": _each(lambda layer: setattr(layer, "activation_fn", nn.ELU())),
     "an activation unknown to the MLP": _each(lambda layer: setattr(layer, "activation_fn", nn.SiLU())),
     "adapters off": _each(lambda layer: layer.fc1.enable_adapters(False)),
@@ -146,48 +137,6 @@ def test_what_upstream_does_itself(name: str, calls: list[Any]) -> None:
         UPSTREAM[name](model)
     close(results(ours, inputs()), results(upstream, inputs()))
     assert not calls
-
-
-def test_attention_weights_on_request(calls: list[Any]) -> None:
-    """Eager attention is given a mask of floating point, which is added as it is."""
-    upstream = opt()
-    ours = fused(upstream)
-    for model in (ours, upstream):
-        model.set_attn_implementation("eager")
-    given = inputs()
-    found, expected = (m.model(**given, output_attentions=True, use_cache=False) for m in (ours, upstream))
-    assert not calls
-    for mine, theirs in zip(found.attentions, expected.attentions, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-5)
-    close(results(ours, given), results(upstream, given))
-    assert len(calls) == 2
-
-
-def test_hidden_states_on_request(calls: list[Any]) -> None:
-    upstream, given = opt(), inputs()
-    ours = fused(upstream)
-    found, expected = (m(**given, output_hidden_states=True).hidden_states for m in (ours, upstream))
-    assert len(found) == len(expected) == 3
-    for mine, theirs in zip(found, expected, strict=True):
-        assert error(mine, theirs.double()) < 5e-6
-    # The recording leaves hooks behind, which do nothing from then on.
-    close(results(ours, given), results(upstream, given), 1e-5)
-    assert len(calls) == 2
-
-
-def test_a_cache_is_filled(calls: list[Any]) -> None:
-    upstream, given = opt(), inputs(padded=False)
-    ours = fused(upstream)
-    caches = [DynamicCache(config=m.config) for m in (ours, upstream)]
-    found, expected = (
-        m.model(**given, past_key_values=cache, use_cache=True).last_hidden_state
-        for m, cache in zip((ours, upstream), caches, strict=True)
-    )
-    assert len(calls) == 2
-    assert error(found, expected.double()) < 5e-6
-    for own, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert error(own.keys, other.keys.double()) < 5e-6
-        assert error(own.values, other.values.double()) < 5e-6
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -244,19 +193,6 @@ def test_dropout_of_a_branch() -> None:
     assert 0.15 < dropped.float().mean() < 0.35
     assert torch.allclose(branch, torch.where(dropped, 0.0, (x @ weight.mT) / 0.75), atol=1e-5)
     assert torch.allclose(projection_residual(x, x, call), x + branch)
-
-
-def test_fusing_and_unfusing() -> None:
-    upstream = opt()
-    ours = copy.deepcopy(upstream)
-    assert not [row for row in mllm_fast.fuse(ours).fused if "DecoderLayer" in row.now]
-    report = mllm_fast.fuse(ours, training=True)
-    assert {row.now for row in report.fused} == {"FusedOPTDecoderLayer"}
-    assert type(layers_of(ours)[0]).__name__ == "OPTDecoderLayer"
-    assert_equal_bytes(tensors(ours), tensors(upstream))
-    close(results(copy.deepcopy(ours), inputs()), results(ours, inputs()), 1e-12)
-    mllm_fast.unfuse(ours)
-    assert [type(m) for m in ours.modules()] == [type(m) for m in upstream.modules()]
 
 
 @pytest.mark.parametrize(("options", "reason"), [
